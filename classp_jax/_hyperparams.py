@@ -1,0 +1,123 @@
+"""What a hyperparameter may be: a number, a schedule or a traced scalar.
+
+Plain Python (and numpy) numbers are checked when a transform is built and stay
+static, so that the compiled step is specialised to them. Arrays and tracers pass
+through unchecked. Schedules are called with the step count.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule: TypeAlias = Callable[[Any], Any]
+Scalar: TypeAlias = float | int | jax.Array | np.ndarray | np.generic
+ScalarOrSchedule: TypeAlias = Scalar | Schedule
+
+
+def _refuse_array_that_is_no_scalar(name: str, value: Any) -> None:
+    if jnp.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
+        )
+    if not (
+        jnp.issubdtype(value.dtype, jnp.integer)
+        or jnp.issubdtype(value.dtype, jnp.floating)
+        or jnp.issubdtype(value.dtype, jnp.bool_)
+    ):
+        raise TypeError(f"{name} must be a real number, got dtype {value.dtype}.")
+
+
+def checked(
+    name: str,
+    value: Any,
+    allowed: str,
+    accepts: Callable[[float], bool],
+    *,
+    schedule: bool = False,
+) -> Any:
+    """Returns ``value``, as a Python float where it is a plain number.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the user passed.
+      allowed: what is allowed, in words, for the message.
+      accepts: says whether a finite plain number is allowed.
+      schedule: whether a callable ``step -> value`` is allowed too.
+
+    Raises:
+      TypeError: if ``value`` is neither a number nor an array (nor a schedule).
+      ValueError: if it is a plain number that is not allowed, or no scalar.
+    """
+    kinds = (
+        "a number, a schedule or a scalar array"
+        if schedule
+        else ("a number or a scalar array")
+    )
+    if schedule and callable(value):
+        return value
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be {kinds} ({allowed}), got {value!r}.")
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        if not math.isfinite(number) or not accepts(number):
+            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        return number
+    if isinstance(value, jax.Array | np.ndarray):
+        _refuse_array_that_is_no_scalar(name, value)
+        return value
+    raise TypeError(
+        f"{name} must be {kinds} ({allowed}), got {value!r} of type "
+        f"{type(value).__name__}."
+    )
+
+
+def non_negative(name: str, value: Any, *, schedule: bool = False) -> Any:
+    """A finite number of at least 0."""
+    return checked(name, value, "finite and >= 0", lambda x: x >= 0, schedule=schedule)
+
+
+def positive(name: str, value: Any) -> Any:
+    """A finite number above 0."""
+    return checked(name, value, "finite and > 0", lambda x: x > 0)
+
+
+def switch(name: str, value: Any) -> Any:
+    """On or off: a bool (or 0 or 1), a schedule or a scalar array."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    number = checked(
+        name, value, "a bool, 0 or 1", lambda x: x in (0.0, 1.0), schedule=True
+    )
+    return bool(number) if isinstance(number, float) else number
+
+
+def float_dtype(name: str, dtype: Any) -> np.dtype | None:
+    """A real floating-point dtype, or None."""
+    if dtype is None:
+        return None
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a floating-point dtype or None, got {dtype!r}."
+        ) from error
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise TypeError(
+            f"{name} must be a floating-point dtype or None, got {resolved.name}."
+        )
+    return resolved
+
+
+def at_step(value: Any, count: Any) -> Any:
+    """The value at step ``count``: calls a schedule, returns anything else."""
+    return value(count) if callable(value) else value
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """A hyperparameter ready to meet arrays of ``dtype``: numbers stay static."""
+    return value if isinstance(value, bool | float) else jnp.asarray(value, dtype)

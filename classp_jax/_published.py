@@ -1,0 +1,145 @@
+"""The PyTorch class published with the paper, reproduced step for step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from classp_jax._accumulate import ScaleByGeneralizedAdagradState, scaled
+from classp_jax._classp import constant_or_schedule
+from classp_jax._hyperparams import (
+    Scalar,
+    ScalarOrSchedule,
+    at_step,
+    cast,
+    checked,
+    non_negative,
+    positive,
+    switch,
+)
+from classp_jax._masks import magnitude
+from classp_jax._trees import require_float_leaves, require_same_shapes
+
+
+def classp_published(
+    learning_rate: ScalarOrSchedule = 0.2,
+    threshold: ScalarOrSchedule = 0.5,
+    power: Scalar = 1.0,
+    eps: Scalar = 1e-5,
+    *,
+    scaling: bool | ScalarOrSchedule = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""What the PyTorch class published with the CLASSP paper computes.
+
+    Use it to reproduce results obtained with that class, :func:`classp` for everything
+    else. For every *tensor* (leaf) with gradient :math:`g`:
+
+    .. math::
+      [\exists i: g_i^2 \ne 0] > \tau: \qquad
+      A &\leftarrow A + |g| \\
+      w &\leftarrow w - \frac{\alpha\, g}{(A + \varepsilon)^{1/p}}
+
+    It differs from Algorithm 1 in two ways. The threshold is compared with a truth
+    value of the whole tensor, not with each squared gradient: :math:`\tau < 0` always
+    updates, :math:`0 \le \tau < 1` updates a tensor if any of its gradients has a
+    nonzero square, and :math:`\tau \ge 1` never updates. And the accumulator sums
+    :math:`|g|` whatever :math:`p` is, so ``power=2`` divides by the root of a sum of
+    magnitudes and is not AdaGrad.
+
+    Two things are not reproduced: at ``eps=0`` the class divides 0 by 0 for a weight
+    that has had no gradient, where this transform leaves the weight alone; and in one
+    call with several parameter groups the class lets the first group's hyperparameters
+    leak into the others, where ``optax.partition`` keeps them apart.
+
+    Args:
+      learning_rate: :math:`\alpha \ge 0`; a number, a schedule or a scalar array.
+      threshold: :math:`\tau`, any finite number, a schedule or a scalar array.
+      power: :math:`p > 0`; a number or a scalar array.
+      eps: :math:`\varepsilon \ge 0`; a number or a scalar array.
+      scaling: whether to divide (the class's ``apply_scaling``); a bool, a schedule or
+        a scalar array.
+
+    Returns:
+      An optimizer with the state of :func:`classp`, but for the accumulator's dtype,
+      which is the parameter's own, as in the class.
+
+    Raises:
+      ValueError: if a number is out of its range, infinite or NaN, or if the gradients'
+        tree or shapes are not those of the state.
+      TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import classp_jax
+      >>> optimizer = classp_jax.classp_published(learning_rate=1.0, power=2, eps=0.0)
+      >>> g = jnp.array([4.0, -9.0])
+      >>> updates, state = optimizer.update(g, optimizer.init(g))
+      >>> print(updates)
+      [-2.  3.]
+
+    References:
+      Code of Ludwig, `CLASSP <https://arxiv.org/abs/2405.09637>`_, 2024, at
+      https://github.com/oswaldoludwig/CLASSP, commit ea3fe3c
+    """
+    learning_rate = non_negative("learning_rate", learning_rate, schedule=True)
+    threshold = checked("threshold", threshold, "finite", lambda _: True, schedule=True)
+    power = positive("power", power)
+    eps = non_negative("eps", eps)
+    scaling = switch("scaling", scaling)
+
+    def init_fn(params: optax.Params) -> ScaleByGeneralizedAdagradState:
+        require_float_leaves(params, "parameter")
+        return ScaleByGeneralizedAdagradState(
+            count=jnp.zeros([], jnp.int32),
+            accumulator=jax.tree.map(
+                lambda w: jnp.zeros_like(w, dtype=jnp.finfo(jnp.result_type(w)).dtype),
+                params,
+            ),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByGeneralizedAdagradState]:
+        del params, extra_args
+        require_float_leaves(updates, "gradient")
+        require_same_shapes(updates, state.accumulator)
+        tau = at_step(threshold, state.count)
+        scale_now = at_step(scaling, state.count)
+        gates = jax.tree.map(lambda g: _gate(g, tau), updates)
+        accumulator = jax.tree.map(
+            lambda g, a, gate: jnp.where(gate, a + jnp.abs(g).astype(a.dtype), a),
+            updates,
+            state.accumulator,
+            gates,
+        )
+        updates = jax.tree.map(
+            lambda g, a, gate: scaled(g, a, gate, power, eps, scaling=scale_now),
+            updates,
+            accumulator,
+            gates,
+        )
+        return updates, ScaleByGeneralizedAdagradState(
+            count=optax.safe_increment(state.count), accumulator=accumulator
+        )
+
+    return optax.chain(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        optax.scale_by_learning_rate(constant_or_schedule(learning_rate)),
+    )
+
+
+def _gate(g: jax.Array, threshold: Any) -> jax.Array:
+    """``bool(any(g^2 != 0)) > threshold``, a scalar; NaN counts as nonzero.
+
+    The square is not computed: where it would underflow depends on whether the device
+    keeps subnormal numbers, and PyTorch on a CPU does.
+    """
+    size = magnitude(g)
+    # g^2 rounds to 0 exactly up to the root of half the smallest subnormal number.
+    bound = float(jnp.finfo(size.dtype).smallest_subnormal / 2) ** 0.5
+    any_nonzero = jnp.any(~(size <= bound))
+    return any_nonzero.astype(jnp.float32) > cast(threshold, jnp.float32)

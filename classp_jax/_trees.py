@@ -1,0 +1,47 @@
+"""Checks and small helpers on trees of parameters and gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def path_name(path: Any) -> str:
+    """A leaf's place in its tree, such as ``encoder/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def require_float_leaves(tree: Any, what: str) -> None:
+    """Raises TypeError unless every leaf is an array of real or complex floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None:
+            dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{what} leaf '{path_name(path)}' has dtype {dtype}; CLASSP needs "
+                "floating-point leaves. Keep others out of the optimizer with "
+                "optax.masked or optax.partition."
+            )
+
+
+def require_same_shapes(gradients: Any, accumulator: Any) -> None:
+    """Raises ValueError unless the gradients have the accumulator's tree and shapes."""
+    expected = jax.tree.structure(accumulator)
+    found = jax.tree.structure(gradients)
+    if expected != found:
+        raise ValueError(
+            "The gradients do not have the tree that the optimizer state was "
+            f"initialised for. State: {expected}. Gradients: {found}."
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree.leaves(accumulator),
+        strict=True,
+    )
+    for (path, g), a in pairs:
+        if jnp.shape(g) != jnp.shape(a):
+            raise ValueError(
+                f"The gradient of '{path_name(path)}' has shape {jnp.shape(g)}, but "
+                f"the optimizer state was initialised for shape {jnp.shape(a)}."
+            )

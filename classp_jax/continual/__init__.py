@@ -1,0 +1,1 @@
+"""Continual learning experiments: task streams, methods, metrics and reports."""

@@ -1,0 +1,28 @@
+"""Penalties on forgetting, as gradient transformations for any optimizer.
+
+Put one in front of an optimizer, and tell its state when a task ends::
+
+  optimizer = optax.chain(regularizers.ewc(100.0), classp_jax.classp(0.1))
+  state = optimizer.init(params)
+  ...  # train on a task
+  fisher = regularizers.fisher_diagonal(logits_fn, params, x)
+  state = regularizers.consolidate(state, params, fisher)
+  ...  # train on the next one
+"""
+
+from classp_jax.regularizers._consolidate import consolidate, needs_fisher
+from classp_jax.regularizers._ewc import EWCState, OnlineEWCState, ewc, online_ewc
+from classp_jax.regularizers._fisher import fisher_diagonal
+from classp_jax.regularizers._si import SIState, si
+
+__all__ = [
+    "EWCState",
+    "OnlineEWCState",
+    "SIState",
+    "consolidate",
+    "ewc",
+    "fisher_diagonal",
+    "needs_fisher",
+    "online_ewc",
+    "si",
+]

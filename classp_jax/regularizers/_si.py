@@ -1,0 +1,187 @@
+"""Synaptic intelligence (SI): importance from the path that training took."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from classp_jax._hyperparams import (
+    Scalar,
+    ScalarOrSchedule,
+    at_step,
+    non_negative,
+    positive,
+)
+from classp_jax.regularizers._penalty import (
+    copied,
+    hyperparameter_array,
+    matched,
+    pulled,
+    require_real_leaves,
+    required,
+    zeros,
+)
+
+
+class SIState(NamedTuple):
+    """State of :func:`si`. All trees are like the parameters."""
+
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Number of updates so far, int32."""
+    damping: jax.typing.ArrayLike
+    """What the next consolidation adds to the squared change of a weight."""
+    importance: optax.Params
+    """The importance of each weight to the tasks so far, 0 before the first ends."""
+    anchor: optax.Params
+    """The weights at the last consolidation, before the first at initialisation."""
+    path_integral: optax.Params
+    """Minus the sum over this task's steps of gradient times change of the weight."""
+    previous_gradient: optax.Updates
+    """The gradient of the last update, whose step is not in the path integral yet."""
+    previous_params: optax.Params
+    """The weights at the last update."""
+
+
+def si(
+    strength: ScalarOrSchedule, damping: Scalar = 0.1
+) -> optax.GradientTransformationExtraArgs:
+    r"""Synaptic intelligence: a weight counts by how much its moves lowered the loss.
+
+    Adds to the gradient that of the penalty
+
+    .. math::
+      c \sum_i \Omega_i\, (w_i - \tilde w_i)^2, \qquad
+      \Omega \leftarrow \max\!\left(0,\; \Omega +
+      \frac{\omega}{(\tilde w' - \tilde w)^2 + \xi} \right), \qquad
+      \omega = -\sum_t g_t\, (w_{t+1} - w_t)
+
+    where :math:`\tilde w` and :math:`\tilde w'` are the weights at the end of the task
+    before and of this one, and :math:`g_t` are the gradients of the loss alone as they
+    reach this transform in a task's steps :math:`t`. Call :func:`consolidate` at the
+    end of each task; SI needs no Fisher information. Before the first call the penalty
+    is exactly 0. Mind the factor: this penalty has :math:`c` where EWC's has
+    :math:`\lambda / 2`.
+
+    A transform does not see the step that the rest of its chain makes of a gradient. So
+    it remembers gradient and weights, and adds a step to :math:`\omega` once it sees
+    the next weights: at the next update, or at consolidation for the last step. This
+    counts the steps as taken, whatever the optimizer made of them. Steps that did not
+    happen (``optax.apply_if_finite``) are not counted.
+
+    Like the authors' code, :math:`\Omega` is kept from falling below 0, where the
+    penalty would drive weights away without bound.
+
+    Put it first in a chain: what changes gradients before it (weight decay, another
+    penalty) enters the importance. Initialise the state with the weights that the first
+    task starts from.
+
+    Args:
+      strength: :math:`c \ge 0` of Zenke et al.; a number, a schedule ``step -> value``
+        over the steps of all tasks, or a scalar array.
+      damping: :math:`\xi > 0`, in units of a squared weight; a number or a scalar
+        array. It bounds the importance of weights that hardly moved.
+
+    Returns:
+      A transform to put in front of an optimizer; its update needs ``params``. Updates
+      have the gradients' shapes and dtypes. The state is :class:`SIState`: two scalars
+      and five arrays the size of the parameters, of float32 or the parameters' dtype if
+      that is wider. It carries the damping of the last update, which is what
+      :func:`consolidate` uses.
+
+    Raises:
+      ValueError: if ``strength < 0`` or ``damping <= 0`` (or NaN, infinite, no scalar);
+        in the update, if ``params`` are missing or trees or shapes differ from the
+        state's.
+      TypeError: if an argument is no number, or if a leaf is not of real floats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from classp_jax import regularizers
+      >>> optimizer = optax.chain(regularizers.si(1.0, damping=1.0), optax.sgd(0.5))
+      >>> params = jnp.array([0.0, 0.0])
+      >>> state = optimizer.init(params)
+      >>> gradients = jnp.array([-2.0, 0.0])
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> state = regularizers.consolidate(state, params)
+      >>> print(params, state[0].importance)
+      [1. 0.] [1. 0.]
+
+    References:
+      Zenke, Poole and Ganguli, `Continual Learning Through Synaptic Intelligence
+      <https://arxiv.org/abs/1703.04200>`_, 2017; code at
+      https://github.com/ganguli-lab/pathint
+
+    .. seealso:: :func:`ewc`, :func:`online_ewc`
+    """
+    strength = non_negative("strength", strength, schedule=True)
+    damping = positive("damping", damping)
+
+    def init_fn(params: optax.Params) -> SIState:
+        require_real_leaves(params, "parameter")
+        nothing = zeros(params)
+        return SIState(
+            count=jnp.zeros([], jnp.int32),
+            damping=hyperparameter_array(damping),
+            importance=zeros(params),
+            anchor=copied(params, nothing),
+            path_integral=zeros(params),
+            previous_gradient=zeros(params),
+            previous_params=copied(params, nothing),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SIState]:
+        del extra_args
+        params = required("si", params)
+        factor = 2 * at_step(strength, state.count)
+        new_updates = pulled(updates, params, state.importance, state.anchor, factor)
+        return new_updates, state._replace(
+            count=optax.safe_increment(state.count),
+            damping=hyperparameter_array(damping),
+            path_integral=_with_pending_step(state, params),
+            previous_gradient=copied(updates, state.previous_gradient),
+            previous_params=copied(params, state.anchor),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_pending_step(state: SIState, params: Any) -> Any:
+    """The path integral up to ``params``."""
+    return jax.tree.map(
+        lambda total, g, old, w: total - g * (jnp.asarray(w).astype(old.dtype) - old),
+        state.path_integral,
+        state.previous_gradient,
+        state.previous_params,
+        params,
+    )
+
+
+def consolidate_si(state: SIState, params: Any) -> SIState:
+    """Turns the path integral into importance and starts anew from ``params``."""
+    params = matched("parameters", params, state.anchor)
+    damping = jnp.asarray(state.damping)
+
+    def raised(
+        omega: jax.Array, path: jax.Array, a: jax.Array, w: jax.Array
+    ) -> jax.Array:
+        change = jnp.asarray(w).astype(a.dtype) - a
+        new = omega + path / (change * change + damping.astype(a.dtype))
+        return jnp.maximum(new, 0)
+
+    path = _with_pending_step(state, params)
+    return state._replace(
+        importance=jax.tree.map(raised, state.importance, path, state.anchor, params),
+        anchor=copied(params, state.anchor),
+        path_integral=zeros(params),
+        # No step is pending any more, also if the weights are changed between tasks.
+        previous_gradient=zeros(params),
+        previous_params=copied(params, state.anchor),
+    )

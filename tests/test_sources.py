@@ -24,6 +24,7 @@ from classp_jax.continual.sources import (
     Split,
     check_source,
     load_source,
+    load_sources,
     source_from_arrays,
 )
 from classp_jax.continual.streams import make_stream
@@ -99,6 +100,14 @@ def test_the_test_part_is_the_same_for_every_seed_and_the_validation_part_is_not
         np.testing.assert_array_equal(a.y, b.y)
     np.testing.assert_array_equal(first.test.x, other.test.x)
     assert set(keys(first.validation)) != set(keys(other.validation))
+
+
+def test_several_seeds_at_once_are_those_seeds_one_by_one():
+    for together, seed in zip(load_sources("digits", [2, 9]), (2, 9), strict=True):
+        alone = load_source("digits", seed=seed)
+        for a, b in zip(splits(together), splits(alone), strict=True):
+            np.testing.assert_array_equal(a.x, b.x)
+            np.testing.assert_array_equal(a.y, b.y)
 
 
 @given(

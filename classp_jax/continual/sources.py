@@ -113,18 +113,39 @@ def load_source(
     References:
       `TensorFlow Datasets <https://www.tensorflow.org/datasets>`_
     """
-    prefix, _, rest = name.partition(":")
-    if name == "digits":
-        parts = _read_digits()
-    elif prefix == "tfds" and rest:
-        parts = _read_tfds(rest, data_dir)
-    elif prefix == "npz" and rest:
-        parts = _read_npz(rest)
-    elif prefix == "tsv" and rest:
-        parts = _read_tsv(rest)
-    else:
-        raise SourceError(_unknown(name))
-    return _source(name, parts, validation_fraction, seed)
+    (source,) = load_sources(
+        name, [seed], data_dir=data_dir, validation_fraction=validation_fraction
+    )
+    return source
+
+
+def load_sources(
+    name: str,
+    seeds: Sequence[int],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    validation_fraction: float = 0.1,
+) -> list[Source]:
+    """What :func:`load_source` gives for every one of several seeds, read once.
+
+    Args:
+      name: as for :func:`load_source`.
+      seeds: as its ``seed``, one for each source.
+      data_dir: as there.
+      validation_fraction: as there.
+
+    Returns:
+      A :class:`Source` for every seed.
+
+    Raises:
+      SourceError: as there.
+
+    Example:
+      >>> [len(source.train.y) for source in load_sources("digits", [0, 1])]
+      [1295, 1295]
+    """
+    parts = _read(name, data_dir)
+    return [_source(name, parts, validation_fraction, seed) for seed in seeds]
 
 
 def source_from_arrays(
@@ -351,6 +372,20 @@ class _Parts(NamedTuple):
     train: Split
     test: Split | None
     class_names: tuple[str, ...]
+
+
+def _read(name: str, data_dir: str | os.PathLike[str] | None) -> _Parts:
+    """Hands the name to its reader."""
+    prefix, _, rest = name.partition(":")
+    if name == "digits":
+        return _read_digits()
+    if prefix == "tfds" and rest:
+        return _read_tfds(rest, data_dir)
+    if prefix == "npz" and rest:
+        return _read_npz(rest)
+    if prefix == "tsv" and rest:
+        return _read_tsv(rest)
+    raise SourceError(_unknown(name))
 
 
 def _source(name: str, parts: _Parts, validation_fraction: float, seed: int) -> Source:

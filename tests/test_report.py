@@ -168,7 +168,22 @@ def test_table_fits_120_columns_with_every_number_whole():
         assert accuracy is not None
         assert f"{100 * accuracy.mean:.1f} ± {100 * accuracy.sd:.1f}" in text
     assert "classp-published " in text
-    assert re.search(r"-\d+\.\d ± \d+\.\d", text)
+    for line in ("online-ewc+classp-", "published+replay"):
+        assert line in text
+
+
+def test_a_narrow_terminal_breaks_cells_but_no_number():
+    results = make_results()
+    narrow = in_terminal(results, width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+
+    def numbers(text):
+        return sorted(re.findall(r"-?\d+\.\d+", text))
+
+    assert numbers(narrow) == numbers(in_terminal(results))
+    for method in METHODS:
+        assert f"{method} " in narrow
+    assert narrow.count(" yes\n") == sum(told for _, _, told in METHODS.values())
 
 
 def test_table_says_diverged_instead_of_numbers():

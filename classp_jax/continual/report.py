@@ -130,7 +130,7 @@ _UNITS = (
 
 
 def rich_table(results: Results) -> Table:
-    """The table for the terminal: a line a method; fits 120 columns.
+    """The table for the terminal: a line a method, in 120 columns.
 
     Args:
       results: the runs.
@@ -148,15 +148,15 @@ def rich_table(results: Results) -> Table:
         show_edge=False,
     )
     for i, heading in enumerate(_HEADINGS):
+        # Narrow terminals break a cell at its spaces, but never cut digits off.
         table.add_column(
-            # A long name may go over two lines, a number may not.
             heading,
             justify="right" if i else "left",
             overflow="fold",
-            no_wrap=i > 0,
+            no_wrap=i == 0,
         )
-    for cells in _cells(results):
-        table.add_row(*map(Text, cells))
+    for name, *numbers in _cells(results):
+        table.add_row(Text("\n".join(textwrap.wrap(name, 18))), *map(Text, numbers))
     return table
 
 
@@ -329,7 +329,7 @@ _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _VERMILLION, _PURPLE = (
 # The bounds are black; a variant has its method's colour, with another line.
 _STYLES = {
     "sgd": Style(_BLACK, "-", "o"),
-    "joint": Style(_BLACK, "--", "*"),
+    "joint": Style(_BLACK, "--", "p"),
     "adam": Style(_ORANGE, "-", "s"),
     "adagrad": Style(_GREEN, "-", "D"),
     "classp": Style(_VERMILLION, "-", "^"),
@@ -342,7 +342,7 @@ _STYLES = {
 }
 _SPARE_STYLES = tuple(
     Style(color, line, marker)
-    for line, marker in (("--", "p"), ("-.", "d"), (":", "8"), ("-", "H"))
+    for line, marker in (("--", "*"), ("-.", "d"), (":", "8"), ("-", "H"))
     for color in (_GREEN, _ORANGE, _SKY, _PURPLE, _BLUE, _VERMILLION, _BLACK)
 )
 
@@ -598,7 +598,7 @@ def _draw_curve(
     if len(values) > 1:
         sd = np.std(values, axis=0, ddof=1)
         axes.fill_between(
-            steps, mean - sd, mean + sd, color=style.color, alpha=0.18, lw=0
+            steps, mean - sd, mean + sd, color=style.color, alpha=0.13, lw=0
         )
 
 
@@ -747,14 +747,17 @@ def _tradeoff_picture(results: Results) -> Figure:
         sd = sd if math.isfinite(sd) else 0.0
         if sd:
             axes.errorbar(x, y, sd, color=style.color, lw=1.2, capsize=2.5)
+        told = row.told_boundary
         axes.plot(
             x,
             y,
             color=style.color,
             marker=style.marker,
-            ms=8,
-            mew=1.5,
-            mfc="white" if row.told_boundary else style.color,
+            ms=8 if told else 10,
+            mfc="white" if told else style.color,
+            # A white edge keeps marks apart that lie on each other.
+            mec=style.color if told else "white",
+            mew=1.5 if told else 0.7,
             zorder=3,
         )
         points.append(_Point(row.method, x, y, sd))

@@ -1,7 +1,5 @@
 """Metrics against numbers worked out by hand and a plain loop over the formulas."""
 
-# ruff: noqa: N803 -- R keeps the name that it has in the formulas
-
 import math
 
 import numpy as np

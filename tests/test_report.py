@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from rich.console import Console
 
-from classp_jax.continual import report
+from classp_jax.continual import pictures, report, summary
 from classp_jax.continual.metrics import METRICS
 from classp_jax.continual.results import Results, Run
 
@@ -87,7 +87,7 @@ def make_results(
 
 
 def row_of(results, method):
-    (row,) = (row for row in report.rows(results) if row.method == method)
+    (row,) = (row for row in summary.rows(results) if row.method == method)
     return row
 
 
@@ -103,7 +103,7 @@ def in_terminal(results, width=120):
 
 def test_rows_are_mean_and_sample_deviation_over_seeds():
     results = make_results()
-    rows = report.rows(results)
+    rows = summary.rows(results)
     assert [row.method for row in rows] == list(METHODS)
     for row in rows:
         runs = [run for run in results.runs if run.method == row.method]
@@ -161,7 +161,7 @@ def test_table_fits_120_columns_with_every_number_whole():
     text = in_terminal(dataclasses.replace(results, runs=tuple(runs)))
     assert max(map(len, text.splitlines())) <= 120
     assert "…" not in text
-    for row in report.rows(results):
+    for row in summary.rows(results):
         if row.method == "sgd":
             continue
         accuracy = row.statistics["average_accuracy"]
@@ -234,7 +234,7 @@ def test_markup_in_names_stays_text(tmp_path):
     # As many cells as the table has columns.
     assert len(re.findall(r"(?<!\\)\|", line)) == 11
     report.write_report(results, tmp_path)
-    axes = report.picture(results, "matrix.png").axes[0]
+    axes = pictures.picture(results, "matrix.png").axes[0]
     assert axes.get_title(loc="left").replace(r"\$", "$") == name
 
 
@@ -263,7 +263,7 @@ def test_markdown_tells_how_it_was_made():
     assert "```sh" not in report.markdown(results)
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({line.count("|") for line in table[: len(METHODS) + 2]}) == 1
-    for row in report.rows(results):
+    for row in summary.rows(results):
         accuracy = row.statistics["average_accuracy"]
         assert accuracy is not None
         cell = f"{100 * accuracy.mean:.1f} ± {100 * accuracy.sd:.1f}"
@@ -335,7 +335,7 @@ def test_pictures_are_the_same_bytes_again(tmp_path):
 
 def test_accuracy_picture_draws_the_means_of_every_task():
     results = make_results(["sgd", "classp"])
-    top, *panels = report.picture(results, "accuracy.png").axes
+    top, *panels = pictures.picture(results, "accuracy.png").axes
     assert len([panel for panel in panels if panel.axison]) == 5
     for method in ("sgd", "classp"):
         curves = [run.curve for run in results.runs if run.method == method]
@@ -358,7 +358,7 @@ def test_accuracy_picture_uses_the_steps_that_all_seeds_have():
     shorter = dataclasses.replace(
         second, curve_steps=second.curve_steps[::2], curve=second.curve[::2]
     )
-    figure = report.picture(
+    figure = pictures.picture(
         dataclasses.replace(results, runs=(first, shorter)), "accuracy.png"
     )
     steps, values = lines_of(figure.axes[1])["sgd"]
@@ -369,14 +369,14 @@ def test_accuracy_picture_uses_the_steps_that_all_seeds_have():
 
 def test_pictures_leave_out_methods_with_a_diverged_seed():
     results = make_results(["sgd", "adam", "ewc"], diverged={("adam", 2)})
-    accuracy = report.picture(results, "accuracy.png")
+    accuracy = pictures.picture(results, "accuracy.png")
     assert set(lines_of(accuracy.axes[1])) == {"sgd", "ewc"}
     titles = {
         axes.get_title(loc="left")
-        for axes in report.picture(results, "matrix.png").axes
+        for axes in pictures.picture(results, "matrix.png").axes
     }
     assert "adam" not in titles
-    tradeoff = report.picture(results, "tradeoff.png")
+    tradeoff = pictures.picture(results, "tradeoff.png")
     assert {text.get_text() for text in tradeoff.axes[0].texts} - {""} == {"sgd", "ewc"}
     note = "Not drawn because diverged: adam (1 of 3 seeds)"
     assert note in tradeoff.axes[0].get_xlabel()
@@ -384,10 +384,10 @@ def test_pictures_leave_out_methods_with_a_diverged_seed():
 
 def test_axes_are_named_with_units():
     results = make_results(["sgd", "ewc"])
-    top = report.picture(results, "accuracy.png").axes[0]
+    top = pictures.picture(results, "accuracy.png").axes[0]
     assert top.get_xlabel() == "training step (batches)"
     assert top.get_ylabel() == "test accuracy (%)"
-    tradeoff = report.picture(results, "tradeoff.png").axes[0]
+    tradeoff = pictures.picture(results, "tradeoff.png").axes[0]
     assert "bytes per parameter" in tradeoff.get_xlabel()
     assert "(%)" in tradeoff.get_ylabel()
 
@@ -395,7 +395,7 @@ def test_axes_are_named_with_units():
 @pytest.mark.parametrize("num_tasks", [5, 10])
 def test_matrix_picture_shows_the_mean_matrix_with_numbers(num_tasks):
     results = make_results(["sgd", "joint"], num_tasks=num_tasks)
-    panels = report.picture(results, "matrix.png").axes
+    panels = pictures.picture(results, "matrix.png").axes
     for panel, method in zip(panels, ["sgd", "joint"], strict=False):
         matrices = [run.matrix for run in results.runs if run.method == method]
         R = 100 * np.mean(matrices, axis=0)
@@ -434,7 +434,7 @@ def test_names_in_the_tradeoff_picture_do_not_overlap(spread):
         )
         for run in make_results().runs
     ]
-    figure = report.picture(make_results(runs=tuple(runs)), "tradeoff.png")
+    figure = pictures.picture(make_results(runs=tuple(runs)), "tradeoff.png")
     axes = figure.axes[0]
     boxes = boxes_of(figure, axes)
     assert set(boxes) == set(METHODS)
@@ -454,7 +454,7 @@ def test_names_in_the_tradeoff_picture_do_not_overlap(spread):
 @pytest.mark.parametrize("own", [0, 9])
 def test_names_beside_the_curves_do_not_overlap(own):
     methods = [*METHODS, *(f"own-{k}" for k in range(own))]
-    figure = report.picture(make_results(methods), "accuracy.png")
+    figure = pictures.picture(make_results(methods), "accuracy.png")
     boxes = boxes_of(figure, figure.axes[0])
     assert set(boxes) == set(methods)
     assert overlaps(boxes) == []
@@ -469,7 +469,7 @@ def test_names_beside_the_curves_do_not_overlap(own):
 
 
 def look():
-    return report.styles(list(METHODS))
+    return pictures.styles(list(METHODS))
 
 
 def test_every_method_has_its_own_look_in_every_picture():
@@ -478,12 +478,12 @@ def test_every_method_has_its_own_look_in_every_picture():
     # A method's look depends neither on who else is there nor on the picture.
     for method, style in look().items():
         results = make_results(["own", method], num_tasks=2, num_seeds=1)
-        assert report.styles(["own", method])[method] == style
-        accuracy = report.picture(results, "accuracy.png")
+        assert pictures.styles(["own", method])[method] == style
+        accuracy = pictures.picture(results, "accuracy.png")
         for axes in accuracy.axes[:2]:
             (line,) = (x for x in axes.get_lines() if x.get_label() == method)
             assert (line.get_color(), line.get_linestyle()) == style[:2]
-        tradeoff = report.picture(results, "tradeoff.png").axes[0]
+        tradeoff = pictures.picture(results, "tradeoff.png").axes[0]
         assert (style.color, style.marker) in {
             (line.get_color(), line.get_marker()) for line in tradeoff.get_lines()
         }
@@ -491,9 +491,9 @@ def test_every_method_has_its_own_look_in_every_picture():
 
 def test_unknown_methods_get_looks_that_are_free():
     methods = [*METHODS, *(f"own-{k}" for k in range(10))]
-    chosen = report.styles(methods)
+    chosen = pictures.styles(methods)
     assert len({(s.color, s.line) for s in chosen.values()}) == len(methods)
-    assert len(report.styles([f"own-{k}" for k in range(50)])) == 50
+    assert len(pictures.styles([f"own-{k}" for k in range(50)])) == 50
 
 
 # Machado, Oliveira & Fernandes 2009, severity 1: what linear RGB becomes.

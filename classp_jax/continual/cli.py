@@ -161,7 +161,7 @@ def _report(arguments: Sequence[str], console: Console) -> None:
         """Where the report goes: by default the folder, if there is only one."""
 
     config = _parse(ReportConfig, arguments, prog="classp-jax report")
-    folders: tuple[str, ...] = config.folders
+    folders = list(config.folders)
     if not folders:
         raise UsageError("report needs at least one folder with a results.json")
     if config.out is None and len(folders) > 1:
@@ -223,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     try:
         if command not in _COMMANDS:
             raise UsageError(

@@ -14,7 +14,7 @@ from classp_jax.continual._names import nearest
 from classp_jax.continual.learner import Training
 from classp_jax.continual.methods import Method, parse_method, resolve_settings
 from classp_jax.continual.models import Model, make_model
-from classp_jax.continual.sources import load_source
+from classp_jax.continual.sources import load_sources
 from classp_jax.continual.streams import Stream, make_stream
 
 Settings = dict[str, dict[str, float]]
@@ -276,18 +276,19 @@ def methods_and_settings(
 
 def make_streams(config: StreamConfig, seeds: Sequence[int]) -> list[Stream]:
     """One stream a seed: its permutation or class order, and its validation split."""
+    sources = [
+        load_sources(
+            name,
+            seeds,
+            data_dir=config.data_dir,
+            validation_fraction=config.validation_fraction,
+        )
+        for name in config.source
+    ]
     return [
         make_stream(
             config.stream,
-            [
-                load_source(
-                    name,
-                    data_dir=config.data_dir,
-                    validation_fraction=config.validation_fraction,
-                    seed=seed,
-                )
-                for name in config.source
-            ],
+            of_one_seed,
             num_tasks=config.tasks,
             scenario=config.scenario,
             seed=seed,
@@ -295,18 +296,19 @@ def make_streams(config: StreamConfig, seeds: Sequence[int]) -> list[Stream]:
             text_length=config.text_length,
             vocabulary_size=config.vocabulary_size,
         )
-        for seed in seeds
+        for seed, of_one_seed in zip(seeds, zip(*sources, strict=True), strict=True)
     ]
 
 
-def make_network(config: StreamConfig, stream: Stream) -> Model:
-    """The network for a stream."""
+def make_network(config: StreamConfig, streams: Sequence[Stream]) -> Model:
+    """The network for streams that are alike but for their data."""
     return make_model(
         config.model,
-        stream.tasks[0].train.x.shape[1:],
-        stream.num_classes,
+        streams[0].tasks[0].train.x.shape[1:],
+        streams[0].num_classes,
         hidden=config.hidden,
-        vocabulary_size=stream.vocabulary_size,
+        # Seeds hold out other texts for validation, so their vocabularies differ.
+        vocabulary_size=max(stream.vocabulary_size for stream in streams),
         width=config.width,
         heads=config.heads,
         feed_forward=config.feed_forward,

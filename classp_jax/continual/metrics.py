@@ -1,7 +1,5 @@
 """Continual-learning metrics: pure functions of one accuracy matrix."""
 
-# ruff: noqa: N803 -- R keeps the name that it has in the formulas
-
 from collections.abc import Callable
 from typing import NamedTuple
 

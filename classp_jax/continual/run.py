@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from classp_jax.continual.config import (
     training,
 )
 from classp_jax.continual.results import Results, Run
+from classp_jax.continual.streams import Stream
 from classp_jax.continual.train import train
 
 Progress = Callable[[str, int, int, float], None]
@@ -90,7 +91,7 @@ def run(
     configuration = _configuration(config, {m.name: s for m, s in plan})
     done = _finished_runs(out, configuration)
     streams = make_streams(config, config.seeds)
-    model = make_network(config, streams[0])
+    model = make_network(config, streams)
     how = training(config)
     ends, total = [], 0
     for k, task in enumerate(streams[0].tasks):
@@ -105,7 +106,7 @@ def run(
         stream={
             "name": streams[0].name,
             "scenario": streams[0].scenario,
-            "task_names": [task.name for task in streams[0].tasks],
+            "task_names": _task_names(streams),
             "task_ends": ends,
         },
         runs=(),
@@ -140,6 +141,13 @@ def run(
         )
         results = save()
     return results, out
+
+
+def _task_names(streams: Sequence[Stream]) -> list[str]:
+    """The tasks' names, or their numbers where a task depends on the seed."""
+    names = {tuple(task.name for task in stream.tasks) for stream in streams}
+    first = list(names.pop())
+    return [f"task {k + 1}" for k in range(len(first))] if names else first
 
 
 def _finished_runs(

@@ -128,7 +128,7 @@ def sweep(
         config.out or f"runs/sweep-{config.stream}-{config.source[0].replace(':', '-')}"
     )
     streams = make_streams(config, config.tuning_seeds)
-    model = make_network(config, streams[0])
+    model = make_network(config, streams)
     how = training(config, evaluate_on="validation")._replace(points_per_task=1)
     out.mkdir(parents=True, exist_ok=True)
     tries: dict[str, list[Try]] = {}

@@ -365,6 +365,9 @@ def _train_together(
     state_bytes = sum(
         leaf.nbytes for leaf in jax.tree.leaves((learner.opt_state, learner.buffer))
     )
+    if joint:
+        # What joint training keeps from step to step is all the data.
+        state_bytes += sum(s.x.nbytes + s.y.nbytes for s in training_sets[0]) * num_runs
 
     matrix = np.full((num_runs, num_tasks + 1, num_tasks), np.nan)
     matrix[:, 0] = accuracies(learner)

@@ -1,0 +1,85 @@
+"""Tuning: equal numbers of tries, seeds kept apart, a file that a run takes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from classp_jax.continual import sweep as sweep_module
+from classp_jax.continual.config import (
+    ConfigError,
+    RunConfig,
+    SweepConfig,
+    methods_and_settings,
+    read_config,
+    with_options,
+)
+from classp_jax.continual.methods import parse_method
+from classp_jax.continual.sweep import best, sweep, tune
+
+
+def test_finds_a_known_optimum_with_the_tries_it_was_given():
+    method = parse_method("classp")
+    calls = []
+
+    def evaluate(settings):
+        calls.append(len(settings))
+        assert len({s["power"] for s in settings}) == 1
+        return [
+            1
+            - 0.1 * abs(np.log10(s["learning_rate"] / 0.03))
+            - 0.1 * abs(s["power"] - 1.0)
+            for s in settings
+        ]
+
+    tries = tune(method, evaluate, tries=60, together=8, seed=3)
+    assert len(tries) == sum(calls) == 60
+    winner = best(tries)
+    assert winner.settings["power"] == 1.0
+    assert 0.01 < winner.settings["learning_rate"] < 0.1
+    for t in tries:
+        for name, setting in method.settings.items():
+            if not setting.choices:
+                assert setting.low <= t.settings[name] <= setting.high
+    again = tune(method, evaluate, tries=60, together=8, seed=3)
+    assert again == tries
+
+
+def test_a_sweep_writes_what_a_run_takes(tmp_path, monkeypatch):
+    splits = []
+    original = sweep_module.train
+
+    def spy(method, settings, model, streams, seeds, how):
+        splits.append((how.evaluate_on, tuple(seeds)))
+        return original(method, settings, model, streams, seeds, how)
+
+    monkeypatch.setattr(sweep_module, "train", spy)
+    config = SweepConfig(
+        methods=("sgd", "classp"),
+        tasks=2,
+        epochs=(1,),
+        hidden=(16,),
+        tries=3,
+        together=3,
+        tuning_seeds=(7,),
+        out=str(tmp_path / "sweep"),
+    )
+    tries, out = sweep(config, "classp-jax sweep --tries 3")
+    assert {name: len(made) for name, made in tries.items()} == {"sgd": 3, "classp": 3}
+    assert set(splits) == {("validation", (7,))}
+    text = (out / "config.toml").read_text()
+    assert "# Written by: classp-jax sweep --tries 3" in text
+    run = with_options(RunConfig(), read_config(out / "config.toml"))
+    assert run.methods == ("sgd", "classp")
+    assert run.hidden == (16,)
+    assert run.seeds == (0, 1, 2)
+    for method, settings in methods_and_settings(run):
+        winner = best(tries[method.name]).settings
+        assert settings == pytest.approx(winner, rel=5e-3)
+    stored = json.loads((out / "tries.json").read_text())
+    assert [t["accuracy"] for t in stored["sgd"]] == [t.accuracy for t in tries["sgd"]]
+
+
+def test_reported_seeds_are_not_tuned_on():
+    with pytest.raises(ConfigError, match="also reported"):
+        sweep(SweepConfig(tuning_seeds=(5, 1)), "")

@@ -375,24 +375,23 @@ def test_schedule_traced_scalar_and_injected_strength_equal_the_number(method: s
 )
 def test_decay_and_damping_can_be_injected(factory: Any, name: str, values: Any):
     injected: Any = optax.inject_hyperparams(factory)(strength=1.0, **{name: values[0]})
+
+    def pull_after_two_tasks(tx: Any, state: Any) -> np.ndarray:
+        for task in range(2):
+            minus_two = as_tree(np.full(SIZE, -2.0))
+            _, state = tx.update(minus_two, state, as_tree(START + task))
+            end = as_tree(START + task + 1)
+            state = consolidate(state, end, as_tree(FISHERS[task]))
+        return as_vector(pull_of(tx, state, FAR))
+
     for value in values:
         plain = factory(1.0, **{name: value})
-        state = consolidated(plain)
-        expected = consolidated_again(plain, state)
+        expected = pull_after_two_tasks(plain, plain.init(as_tree(START)))
         state = injected.init(as_tree(START))
+        # As a user changes it in the middle of training.
         state.hyperparams[name] = jnp.float32(value)
-        state = state._replace(inner_state=consolidated(plain))
-        actual = consolidated_again(injected, state)
-        np.testing.assert_allclose(
-            as_vector(pull_of(injected, actual, FAR)),
-            as_vector(pull_of(plain, expected, FAR)),
-            rtol=1e-6,
-        )
-
-
-def consolidated_again(tx: Any, state: Any) -> Any:
-    _, state = tx.update(as_tree(np.full(SIZE, -2.0)), state, as_tree(START))
-    return consolidate(state, as_tree(START + 1), as_tree(FISHERS[1]))
+        actual = pull_after_two_tasks(injected, state)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_vmap_over_strengths_and_seeds(method: str):
@@ -724,8 +723,9 @@ def test_sampled_fisher_is_that_of_drawn_labels_and_right_on_average():
     # Five standard deviations of a binomial share.
     assert np.all(np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / len(keys)))
     # Several examples draw on their own: the mean over keys is the exact value.
-    mean = jax.vmap(lambda key: fisher("sampled", key=key)["w"])(keys).mean(0)
-    np.testing.assert_allclose(mean, expected_fisher("exact"), rtol=0.1)
+    together = jax.jit(jax.vmap(lambda key: fisher("sampled", key=key)["w"]))
+    mean = together(keys[:500]).mean(0)
+    np.testing.assert_allclose(mean, expected_fisher("exact"), rtol=0.15)
 
 
 @pytest.mark.parametrize("kind", KINDS)

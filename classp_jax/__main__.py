@@ -1,5 +1,7 @@
 """The entry point of ``classp-jax``, also without the extra that its commands need."""
 
+import os
+import signal
 import sys
 
 
@@ -14,7 +16,14 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    return run()
+    status = run()
+    if status == 128 + signal.SIGINT:
+        # XLA may still be computing in threads of its own, and an orderly exit that
+        # takes their memory away can crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from classp_jax._hyperparams import (
@@ -162,7 +163,7 @@ def masked_scaling(
         scale_now = at_step(scaling, state.count)
 
         def new_accumulator(g: jax.Array, a: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(working_dtype(g), a.dtype)
+            dtype = np.promote_types(working_dtype(g), a.dtype)
             term = power_of_magnitude(magnitude(g).astype(dtype), power)
             total = a.astype(dtype) + jnp.where(
                 accept(g, state.count), term, jnp.zeros_like(term)
@@ -196,12 +197,8 @@ def scaled(
     zero = jnp.zeros_like(g)
     if isinstance(scaling, bool) and not scaling:
         return jnp.where(accepted, g, zero)
-    dtype = jnp.promote_types(working_dtype(g), a.dtype)
-    wide = (
-        g.astype(jnp.result_type(dtype, jnp.complex64))
-        if (jnp.iscomplexobj(g))
-        else g.astype(dtype)
-    )
+    dtype = np.promote_types(working_dtype(g), a.dtype)
+    wide = g.astype(np.promote_types(g.dtype, dtype))
     base = a.astype(dtype) + cast(eps, dtype)
     # Written so that a NaN base is not taken for an empty one.
     empty = base < jnp.finfo(dtype).tiny

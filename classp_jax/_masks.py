@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from classp_jax._hyperparams import (
@@ -36,7 +37,8 @@ class MaskToDensityState(NamedTuple):
 
 def working_dtype(g: jax.Array) -> Any:
     """The real dtype to compute in: the gradient's, float32 if that is narrower."""
-    return jnp.promote_types(jnp.finfo(g.dtype).dtype, jnp.float32)
+    # Numpy's, which promotes in JAX's strict mode too.
+    return np.promote_types(jnp.finfo(g.dtype).dtype, np.float32)
 
 
 def magnitude(g: jax.Array) -> jax.Array:

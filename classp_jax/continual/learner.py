@@ -96,11 +96,10 @@ def make_functions(
     def transform(hyper: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
         return make_transform(method, {**fixed, **hyper})
 
-    def logits_of(params: Any, x: Any, task: Any, seed_index: Any, key: Any) -> Any:
+    def logits_of(params: Any, inputs: tuple[Any, Any], key: Any = None) -> Any:
+        x, allowed = inputs
         logits = model.apply(params, prepare(x), key)
-        if masked:
-            logits = jnp.where(class_table[seed_index, task], logits, -1e9)
-        return logits
+        return jnp.where(allowed, logits, -1e9) if masked else logits
 
     def init(key: jax.Array, hyper: Mapping[str, Any], example: jax.Array) -> Learner:
         init_key, key = jax.random.split(key)
@@ -140,7 +139,7 @@ def make_functions(
             weight = jnp.concatenate([weight, replayed])
 
         def loss(params: Any) -> jax.Array:
-            logits = logits_of(params, x, task, seed_index, dropout_key)
+            logits = logits_of(params, (x, class_table[seed_index, task]), dropout_key)
             errors = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return jnp.sum(errors * weight) / jnp.sum(weight)
 
@@ -187,11 +186,9 @@ def make_functions(
             x = data.x[seed_index, chosen]
             task = data.task[seed_index, chosen]
             fisher = regularizers.fisher_diagonal(
-                lambda params, inputs: logits_of(
-                    params, inputs[0], inputs[1], seed_index, None
-                ),
+                logits_of,
                 learner.params,
-                (x, task),
+                (x, class_table[seed_index, task]),
                 data.y[seed_index, chosen],
                 kind=training.fisher,
                 key=jax.random.fold_in(learner.key, -1 - learner.step),

@@ -89,9 +89,12 @@ def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
         init=jax.jit(lift(functions.init, (0, 0, None))),
         advance=advance,
         density=jax.jit(lift(functions.density, step_axes)),
+        # Outside jit the Fisher information is summed by a Python loop as well.
         consolidate=jax.jit(
             lift(functions.consolidate, (0, 0, None, None)), donate_argnums=0
-        ),
+        )
+        if loop
+        else functions.consolidate,
     )
 
 

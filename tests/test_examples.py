@@ -1,0 +1,135 @@
+"""Every example runs as its README says, and what it prints is what it claims."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def run(name, cwd, **environment):
+    """Runs a script whole, as a newcomer would, with warnings as errors."""
+    # Without the eight devices that the tests ask for.
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def lines(name, cwd):
+    done = run(name, cwd)
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+def percents(line):
+    return [float(number) for number in re.findall(r"([\d.]+)%", line)]
+
+
+def test_plain_jax(tmp_path):
+    _, *printed = lines("plain_jax", tmp_path)
+    adam, classp, (free,) = map(percents, printed)
+    assert adam[0] < 70
+    assert classp[0] > 80
+    assert min(adam[2], classp[2]) > 90
+    assert 0 < free < 20
+
+
+def test_flax_nnx(tmp_path):
+    old, new, accumulator = lines("flax_nnx", tmp_path)
+    assert min(percents(old) + percents(new)) > 85
+    assert float(accumulator.split()[-1]) > 0
+
+
+def test_flax_linen(tmp_path):
+    old, new, accumulator = lines("flax_linen", tmp_path)
+    assert min(percents(old) + percents(new)) > 85
+    assert float(accumulator.split()[-1]) > 0
+
+
+def test_per_layer(tmp_path):
+    accuracies, *layers = lines("per_layer", tmp_path)
+    assert min(percents(accuracies)) > 85
+    (first,), (second,), (head,) = map(percents, layers)
+    assert first > 1.5 * second
+    assert second > head
+
+
+def test_frozen_backbone(tmp_path):
+    *layers, accumulators, accuracies = lines("frozen_backbone", tmp_path)
+    assert layers == ["first: unchanged", "second: unchanged", "head: trained"]
+    assert accumulators == "accumulators: head/bias head/kernel"
+    before, after = percents(accuracies)
+    assert before < 80
+    assert after > 88
+
+
+def test_sparse_updates(tmp_path):
+    _, growing, by_growing, _, steady, by_density = lines("sparse_updates", tmp_path)
+    shares = percents(growing)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 3 * shares[-1] > 0
+    # The first fifth holds the steps in which the mask finds its threshold.
+    assert all(8.5 < share < 11.5 for share in percents(steady)[1:])
+    assert min(percents(by_growing) + percents(by_density)) > 93
+
+
+def test_task_boundary(tmp_path):
+    done = run("task_boundary", tmp_path, JAX_LOG_COMPILES="1")
+    before, same, slower, sparser = map(percents, done.stdout.splitlines())
+    assert before[0] > 93
+    for old, new in (slower, sparser):
+        assert same[0] - 2 < old < before[0]
+        assert 75 < new < same[1]
+    assert done.stderr.count("Compiling jit(step)") == 1
+
+
+def test_ewc(tmp_path):
+    _, *printed = lines("ewc", tmp_path)
+    alone, with_ewc = map(percents, printed)
+    assert with_ewc[0] > alone[0] + 1
+    assert min(with_ewc) > 85
+
+
+def test_data_parallel(tmp_path):
+    first, jit, pmap = lines("data_parallel", tmp_path)
+    assert first.startswith("8 devices")
+    assert percents(first)[0] > 85
+    for line in (jit, pmap):
+        # Rounding: the devices' parts are summed in another order.
+        assert float(line.split()[-1]) < 1e-5
+
+
+def test_orbax_checkpoint(tmp_path):
+    step, accumulator, bits = lines("orbax_checkpoint", tmp_path)
+    assert step == "restored at step 500"
+    assert float(accumulator.split()[-1]) > 0
+    assert bits.endswith("True")
+
+
+def test_from_pytorch(tmp_path):
+    accumulator, *differences = lines("from_pytorch", tmp_path)
+    assert float(accumulator.split()[-1]) > 0
+    assert len(differences) == 2
+    for line in differences:
+        assert float(line.split()[-1]) < 1e-5
+
+
+def test_every_example_is_listed_and_tested():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"digits"}
+    listed = re.findall(
+        r"^\| `python examples/(\w+)\.py` \|",
+        (EXAMPLES / "README.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert sorted(listed) == sorted(scripts)
+    assert {f"test_{name}" for name in scripts} <= globals().keys()

@@ -20,7 +20,7 @@ from classp_jax._hyperparams import (
 )
 from classp_jax._masks import magnitude, working_dtype
 from classp_jax._powers import divide_by_root, power_of_magnitude
-from classp_jax._trees import require_float_leaves, require_same_shapes
+from classp_jax._trees import float_arrays, require_same_shapes
 
 
 class ScaleByGeneralizedAdagradState(NamedTuple):
@@ -140,12 +140,12 @@ def masked_scaling(
         raise TypeError(f"include_current must be a bool, got {include_current!r}.")
 
     def init_fn(params: optax.Params) -> ScaleByGeneralizedAdagradState:
-        require_float_leaves(params, "parameter")
+        params = float_arrays(params, "parameter")
         return ScaleByGeneralizedAdagradState(
             count=jnp.zeros([], jnp.int32),
             accumulator=jax.tree.map(
                 lambda w: jnp.zeros_like(
-                    w, dtype=accumulator_dtype or working_dtype(jnp.asarray(w))
+                    w, dtype=accumulator_dtype or working_dtype(w)
                 ),
                 params,
             ),
@@ -158,7 +158,7 @@ def masked_scaling(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGeneralizedAdagradState]:
         del params, extra_args
-        require_float_leaves(updates, "gradient")
+        updates = float_arrays(updates, "gradient")
         require_same_shapes(updates, state.accumulator)
         scale_now = at_step(scaling, state.count)
 

@@ -15,7 +15,7 @@ from classp_jax._hyperparams import (
     non_negative,
     positive,
 )
-from classp_jax._trees import require_float_leaves
+from classp_jax._trees import float_arrays
 
 
 class MaskByThresholdState(NamedTuple):
@@ -110,7 +110,7 @@ def mask_by_threshold(
     threshold = non_negative("threshold", threshold, schedule=True)
 
     def init_fn(params: optax.Params) -> MaskByThresholdState:
-        require_float_leaves(params, "parameter")
+        float_arrays(params, "parameter")
         return MaskByThresholdState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
@@ -120,7 +120,7 @@ def mask_by_threshold(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MaskByThresholdState]:
         del params, extra_args
-        require_float_leaves(updates, "gradient")
+        updates = float_arrays(updates, "gradient")
         tau = at_step(threshold, state.count)
         updates = jax.tree.map(
             lambda g: jnp.where(exceeds(g, tau), g, jnp.zeros_like(g)), updates
@@ -195,7 +195,7 @@ def mask_to_density(
         raise TypeError(f"per_leaf must be a bool, got {per_leaf!r}.")
 
     def init_fn(params: optax.Params) -> MaskToDensityState:
-        require_float_leaves(params, "parameter")
+        params = float_arrays(params, "parameter")
         return MaskToDensityState(
             count=jnp.zeros([], jnp.int32),
             log_threshold=jax.tree.map(lambda _: jnp.zeros([], jnp.float32), params),
@@ -208,7 +208,7 @@ def mask_to_density(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MaskToDensityState]:
         del params, extra_args
-        require_float_leaves(updates, "gradient")
+        updates = float_arrays(updates, "gradient")
         d = jnp.asarray(at_step(density, state.count), jnp.float32)
         leaves, tree = jax.tree.flatten(updates)
         groups = (

@@ -19,7 +19,7 @@ from classp_jax._hyperparams import (
     switch,
 )
 from classp_jax._masks import magnitude
-from classp_jax._trees import require_float_leaves, require_same_shapes
+from classp_jax._trees import float_arrays, require_same_shapes
 
 
 def classp_published(
@@ -89,11 +89,11 @@ def classp_published(
     scaling = switch("scaling", scaling)
 
     def init_fn(params: optax.Params) -> ScaleByGeneralizedAdagradState:
-        require_float_leaves(params, "parameter")
+        params = float_arrays(params, "parameter")
         return ScaleByGeneralizedAdagradState(
             count=jnp.zeros([], jnp.int32),
             accumulator=jax.tree.map(
-                lambda w: jnp.zeros_like(w, dtype=jnp.finfo(jnp.result_type(w)).dtype),
+                lambda w: jnp.zeros_like(w, dtype=jnp.finfo(w.dtype).dtype),
                 params,
             ),
         )
@@ -105,7 +105,7 @@ def classp_published(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGeneralizedAdagradState]:
         del params, extra_args
-        require_float_leaves(updates, "gradient")
+        updates = float_arrays(updates, "gradient")
         require_same_shapes(updates, state.accumulator)
         tau = at_step(threshold, state.count)
         scale_now = at_step(scaling, state.count)

@@ -11,18 +11,20 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def require_float_leaves(tree: Any, what: str) -> None:
-    """Raises TypeError unless every leaf is an array of real or complex floats."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None:
-            dtype = jnp.result_type(leaf)
+def float_arrays(tree: Any, what: str) -> Any:
+    """The tree with arrays for leaves; TypeError unless all are of floats."""
+
+    def checked(path: Any, leaf: Any) -> jax.Array:
+        dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"{what} leaf '{path_name(path)}' has dtype {dtype}; CLASSP needs "
                 "floating-point leaves. Keep others out of the optimizer with "
                 "optax.masked or optax.partition."
             )
+        return jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(checked, tree)
 
 
 def require_same_shapes(gradients: Any, accumulator: Any) -> None:

@@ -1,0 +1,138 @@
+"""Memory traffic and memory of the compiled step, as XLA counts them; no clock."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import classp_jax
+from classp_jax import benchmark
+
+STATIC_POWERS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+BYTES_PER_PARAMETER = 28
+# Room for scalars: counts, the learning rate, what XLA keeps for a call.
+SCALARS = 4096
+
+
+def shapes(size: int) -> dict[str, Any]:
+    """Parameters as abstract arrays: nothing here is allocated or run."""
+    rows = {"a": 4, "b": 3, "c": 1}
+    return {
+        name: jax.ShapeDtypeStruct((n, size // 8), jnp.float32)
+        for name, n in rows.items()
+    }
+
+
+def count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def compiled_step(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The jitted step of a training loop, with parameters and state donated."""
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    return step.lower(params, state, params).compile()
+
+
+def check_limits(tx: optax.GradientTransformation) -> None:
+    small, large = shapes(1 << 13), shapes(1 << 20)
+    steps = compiled_step(tx, small), compiled_step(tx, large)
+    per_parameter = steps[1].cost_analysis()["bytes accessed"] / count(large)
+    assert per_parameter <= BYTES_PER_PARAMETER + 0.01
+    temporary = [step.memory_analysis().temp_size_in_bytes for step in steps]
+    assert temporary[1] <= temporary[0] + SCALARS
+    # Parameters and accumulator are written where they were read.
+    aliased = steps[1].memory_analysis().alias_size_in_bytes
+    assert aliased >= 2 * 4 * count(large)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-6])
+@pytest.mark.parametrize("power", STATIC_POWERS)
+def test_classp_stays_within_the_limits(power: float, threshold: float):
+    check_limits(classp_jax.classp(0.1, threshold, power))
+
+
+def test_classp_with_schedules_stays_within_the_limits():
+    check_limits(
+        classp_jax.classp(
+            optax.linear_schedule(0.1, 0.0, 100),
+            optax.linear_schedule(0.0, 1e-3, 100),
+            scaling=lambda step: step > 10,
+        )
+    )
+
+
+def test_injected_classp_stays_within_the_limits():
+    # A traced power takes the general form; it costs time, not memory.
+    hyperparams = {"learning_rate": 0.1, "threshold": 1e-6, "power": 1.0, "eps": 0.1}
+    scaling = jnp.asarray(True)
+    check_limits(
+        optax.inject_hyperparams(classp_jax.classp)(**hyperparams, scaling=scaling)
+    )
+
+
+def test_the_limit_tells_a_chain_of_mask_and_scale():
+    # The reason for classp being one expression a leaf. If this fails because the
+    # chain got as cheap, classp can become the chain.
+    chain = optax.chain(
+        classp_jax.mask_by_threshold(1e-6),
+        classp_jax.scale_by_generalized_adagrad(),
+        optax.scale_by_learning_rate(0.1),
+    )
+    with pytest.raises(AssertionError):
+        check_limits(chain)
+
+
+@pytest.mark.parametrize("power", [*STATIC_POWERS, 1.7])
+def test_the_state_is_one_array_the_size_of_the_parameters(power: float):
+    params = shapes(1 << 20)
+    state = jax.eval_shape(classp_jax.classp(0.1, 1e-6, power).init, params)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    scalars = [leaf for leaf in jax.tree.leaves(state) if not leaf.ndim]
+    assert count(arrays) == count(params)
+    assert {leaf.dtype for leaf in arrays} == {jnp.dtype("float32")}
+    assert len(scalars) <= 2
+
+
+def test_the_masks_keep_scalars_only():
+    params = shapes(1 << 20)
+    for tx, scalars in (
+        (classp_jax.mask_by_threshold(1e-6), 1),
+        (classp_jax.mask_to_density(0.1), 1 + len(params)),
+    ):
+        state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+        assert [leaf.ndim for leaf in state] == [0] * scalars
+
+
+def test_the_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("torch")
+    # optax.adam mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        benchmark.report(leaves=2, parameters=2000, rounds=1)
+    table = capsys.readouterr().out
+    rows = [*benchmark.optimizers(), "torch, Algorithm 1, power 1"]
+    rows += ["torch.optim.Adagrad, foreach", "torch.optim.Adagrad, fused"]
+    for row in rows:
+        assert f"\n{row} " in table
+    assert "left out" not in table
+
+
+def test_the_benchmark_says_that_torch_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    adagrad = {"optax.adagrad": optax.adagrad(0.1)}
+    monkeypatch.setattr(benchmark, "optimizers", lambda: adagrad)
+    benchmark.report(leaves=2, parameters=2000, rounds=1)
+    table = capsys.readouterr().out
+    assert "\noptax.adagrad " in table
+    assert "torch." not in table
+    assert "PyTorch is not installed" in table

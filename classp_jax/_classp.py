@@ -47,6 +47,12 @@ def classp(
     :math:`\varepsilon` the first step of every weight is :math:`\alpha` whatever its
     gradient.
 
+    Under ``optax.inject_hyperparams`` every number becomes traced; name ``power`` in
+    its ``static_args`` unless it shall change, as a traced power takes the slow form,
+    and pass ``scaling`` as an array or a schedule if it shall, as Optax leaves a bool
+    alone. Accumulators from elsewhere are put into a state by
+    ``optax.tree.set(state, accumulator=sums)``.
+
     Put momentum or weight decay *before* ``classp`` in a chain, if at all: behind it
     they move weights that the threshold froze.
 

@@ -1,7 +1,7 @@
 """What an optimizer state and an update tell: density, accumulator, free weights."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,14 @@ from classp_jax._accumulate import ScaleByGeneralizedAdagradState
 from classp_jax._trees import path_name
 
 
+@overload
+def update_density(
+    updates: optax.Updates, *, per_leaf: Literal[False] = False
+) -> jax.Array: ...
+@overload
+def update_density(
+    updates: optax.Updates, *, per_leaf: Literal[True]
+) -> dict[str, jax.Array]: ...
 def update_density(
     updates: optax.Updates, *, per_leaf: bool = False
 ) -> jax.Array | dict[str, jax.Array]:
@@ -33,6 +41,14 @@ def update_density(
     return _mean_over(_paths(updates), lambda u: u != 0, per_leaf)
 
 
+@overload
+def mean_accumulator(
+    state: optax.OptState, *, per_leaf: Literal[False] = False
+) -> jax.Array: ...
+@overload
+def mean_accumulator(
+    state: optax.OptState, *, per_leaf: Literal[True]
+) -> dict[str, jax.Array]: ...
 def mean_accumulator(
     state: optax.OptState, *, per_leaf: bool = False
 ) -> jax.Array | dict[str, jax.Array]:
@@ -45,7 +61,8 @@ def mean_accumulator(
 
     Returns:
       A float32 scalar, in units of ``|g|^p``, or a dict of such by the leaf's path.
-      The mean over no weights is 0.
+      The mean over no weights is 0. In the state of an ``nnx.Optimizer`` paths end in
+      ``/value``; ``nnx.as_pure(state)`` has them without.
 
     Raises:
       ValueError: if the state holds no accumulator, or two for the same weight.
@@ -62,6 +79,14 @@ def mean_accumulator(
     return _mean_over(_accumulators(state), lambda a: a, per_leaf)
 
 
+@overload
+def free_fraction(
+    state: optax.OptState, *, per_leaf: Literal[False] = False
+) -> jax.Array: ...
+@overload
+def free_fraction(
+    state: optax.OptState, *, per_leaf: Literal[True]
+) -> dict[str, jax.Array]: ...
 def free_fraction(
     state: optax.OptState, *, per_leaf: bool = False
 ) -> jax.Array | dict[str, jax.Array]:

@@ -173,9 +173,7 @@ def make_functions(
         updates, _ = transform(hyper).update(
             gradients, learner.opt_state, learner.params
         )
-        density = classp_jax.update_density(updates)
-        assert isinstance(density, jax.Array)
-        return density
+        return classp_jax.update_density(updates)
 
     def consolidate(
         learner: Learner, seed_index: Any, data: Data, indices: jax.Array

@@ -18,7 +18,8 @@ def accumulate_importance(
     counts as an accepted gradient (``threshold``) and as a term of the sum (``power``)
     is as in training, and so is what else the transform keeps: step counts advance,
     momentum builds up. The sum grows with the number of batches; that number is how
-    strongly the old knowledge is protected.
+    strongly the old knowledge is protected. Gradients of single examples say more than
+    those of batches, in whose mean what the examples disagree on cancels.
 
     Args:
       tx: the optimizer, or any transform around it.

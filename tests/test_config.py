@@ -144,7 +144,18 @@ def test_streams_differ_by_seed_and_fit_the_network():
 
 
 def test_one_network_reads_every_seed_s_vocabulary(tmp_path):
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+    ]
     lines = [f"{'good' if i % 2 else 'bad'}\t{w} {i}" for i, w in enumerate(words * 3)]
     (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n")
     config = RunConfig(

@@ -157,8 +157,9 @@ def train(
 ) -> list[list[Run]]:
     """Trains a method on a stream, for every setting and every seed.
 
-    Runs train together in one vectorised, compiled step, unless the network convolves
-    and the device is a CPU, or the seeds' tasks take different numbers of steps.
+    Runs train together in one vectorised, compiled step. Where the network convolves
+    and the device is a CPU, each run goes alone; where the seeds' tasks take different
+    numbers of steps, each seed.
 
     Args:
       method: the method.
@@ -179,29 +180,28 @@ def train(
     """
     if len(streams) != len(seeds) or not seeds or not settings:
         raise ValueError("train needs settings, and one stream for each seed")
-    fixed, hypers = _split_settings(method, settings)
     steps = {_steps_per_task(stream, training) for stream in streams}
-    cpu = jax.default_backend() == "cpu"
-    if len(steps) == 1 and not (cpu and model.convolutional):
-        return _train_together(
-            method, fixed, hypers, settings, model, streams, seeds, training, progress
-        )
-    runs = []
-    for setting, hyper in zip(settings, hypers, strict=True):
-        runs.append([])
-        for stream, seed in zip(streams, seeds, strict=True):
-            (((run,),)) = _train_together(
+    convolves = model.convolutional and jax.default_backend() == "cpu"
+    seed_groups, setting_groups = [list(range(len(seeds)))], [list(settings)]
+    if convolves or len(steps) > 1:
+        seed_groups = [[j] for j in range(len(seeds))]
+    if convolves:
+        setting_groups = [[setting] for setting in settings]
+    runs: list[list[Run]] = []
+    for group in setting_groups:
+        of_seeds = [
+            _train_together(
                 method,
-                {**fixed, **hyper},
-                [{}],
-                [setting],
+                group,
                 model,
-                [stream],
-                [seed],
+                [streams[j] for j in members],
+                [seeds[j] for j in members],
                 training,
                 progress,
             )
-            runs[-1].append(run)
+            for members in seed_groups
+        ]
+        runs += [list(itertools.chain(*row)) for row in zip(*of_seeds, strict=True)]
     return runs
 
 
@@ -269,8 +269,6 @@ def _scale(stream: Stream) -> _Scale:
 
 def _train_together(
     method: Method,
-    fixed: Mapping[str, float],
-    hypers: Sequence[Mapping[str, float]],
     settings: Sequence[Mapping[str, float]],
     model: Model,
     streams: Sequence[Stream],
@@ -278,6 +276,8 @@ def _train_together(
     training: Training,
     progress: Progress | None,
 ) -> list[list[Run]]:
+    """What :func:`train` does, in one vectorised run."""
+    fixed, hypers = _split_settings(method, settings)
     num_tasks = len(streams[0].tasks)
     num_runs = len(hypers) * len(seeds)
     together = num_runs > 1

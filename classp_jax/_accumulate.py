@@ -200,8 +200,8 @@ def scaled(
     dtype = np.promote_types(working_dtype(g), a.dtype)
     wide = g.astype(np.promote_types(g.dtype, dtype))
     base = a.astype(dtype) + cast(eps, dtype)
-    # Written so that a NaN base is not taken for an empty one.
-    empty = base < jnp.finfo(dtype).tiny
+    # Not for a NaN or infinite gradient, which shall show, nor for a NaN base.
+    empty = (base < jnp.finfo(dtype).tiny) & jnp.isfinite(g)
     quotient = divide_by_root(wide, base, power).astype(g.dtype)
     result = jnp.where(accepted & ~empty, quotient, zero)
     if isinstance(scaling, bool):

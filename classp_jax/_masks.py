@@ -10,12 +10,11 @@ import optax
 from classp_jax._hyperparams import (
     ScalarOrSchedule,
     at_step,
-    cast,
     checked,
     non_negative,
     positive,
 )
-from classp_jax._trees import float_arrays
+from classp_jax._trees import float_arrays, require_same_tree
 
 
 class MaskByThresholdState(NamedTuple):
@@ -32,7 +31,8 @@ class MaskToDensityState(NamedTuple):
     """Number of updates so far, int32."""
     log_threshold: optax.Updates
     """A tree like the parameters, of float32 scalars: the log of the threshold on
-    ``|g|^2``. One value stands in every leaf if the mask is over the whole tree."""
+    ``|g|^2``. One value stands in every leaf if the mask is over the whole tree.
+    Minus infinity until the first gradients that are not all 0."""
 
 
 def working_dtype(g: jax.Array) -> Any:
@@ -52,22 +52,33 @@ def exceeds(g: jax.Array, threshold: Any) -> jax.Array:
     At a threshold of 0 (or one below the smallest normal number of the working dtype)
     this is ``g != 0``, also where the square of ``g`` would underflow to 0.
     """
-    dtype = working_dtype(g)
-    tiny = float(jnp.finfo(dtype).tiny)
-    if isinstance(threshold, float):
-        if threshold < tiny:
-            return g != 0
-        return ~(_squared_magnitude(g, dtype) <= threshold)
-    threshold = cast(threshold, dtype)
-    decided_by_square = (threshold < 0) | (threshold >= tiny)
-    below = _squared_magnitude(g, dtype) <= threshold
-    return jnp.where(decided_by_square, ~below, g != 0)
+    # One comparison of one array: what XLA repeats rather than stores (_accumulate).
+    return ~(magnitude(g) <= _cutoff(threshold, working_dtype(g)))
 
 
-def _squared_magnitude(g: jax.Array, dtype: Any) -> jax.Array:
-    if jnp.iscomplexobj(g):
-        return jnp.square(g.real.astype(dtype)) + jnp.square(g.imag.astype(dtype))
-    return jnp.square(g.astype(dtype))
+def _cutoff(threshold: Any, dtype: Any) -> Any:
+    """The largest ``x`` whose square, rounded to ``dtype``, is not above the threshold.
+
+    Comparing ``|g|`` with it decides as comparing the rounded ``|g|^2`` would, without
+    its under- and overflow. It is within one step of the rounded root.
+    """
+    xp = np if isinstance(threshold, float) else jnp
+    limits = jnp.finfo(dtype)
+    tau = xp.minimum(
+        xp.asarray(threshold, "float64" if xp is np else dtype), limits.max
+    )
+    tau = tau.astype(dtype)
+    root = xp.sqrt(xp.maximum(tau, xp.zeros_like(tau)))
+    if xp is jnp:
+        # XLA takes the square of a root for the number itself.
+        root = jax.lax.optimization_barrier(root)
+    above = xp.nextafter(root, xp.full_like(root, np.inf))
+    below = xp.nextafter(root, xp.zeros_like(root))
+    with np.errstate(over="ignore"):
+        exact = xp.where(root * root <= tau, root, below)
+        exact = xp.where(above * above <= tau, above, exact)
+    exact = xp.where(tau < limits.tiny, xp.zeros_like(root), exact)
+    return xp.where(tau < 0, -xp.ones_like(root), exact)
 
 
 def mask_by_threshold(
@@ -132,7 +143,7 @@ def mask_by_threshold(
 
 # The range of log(|g|^2) for normal float32 magnitudes |g|.
 _LOG_RANGE = (-174.0, 177.0)
-# The log-threshold rises by at most this many times the rate in one step.
+# The log-threshold moves by at most this many times the rate in one step.
 _MAX_ERROR = 10.0
 
 
@@ -149,17 +160,20 @@ def mask_to_density(
     :math:`d_t` of moving weights the threshold follows by
 
     .. math::
-      \log\tau_{t+1} = \log\tau_t + \eta \min\left(\frac{d_t - d}{d}, 10\right),
+      \log\tau_{t+1} = \log\tau_t + \eta\, \frac{d_t - d}{d (1 - d)},
 
-    whose fixed point is :math:`d_t = d` on average, for a leaf of any size. The first
-    threshold comes from the first gradients: :math:`\sqrt{\tau_0} = -\log(d)\,
-    \overline{|g_0|}`, which is right if magnitudes are exponentially distributed.
+    whose fixed point is :math:`d_t = d` on average, for a leaf of any size. The
+    fraction is cut off at :math:`\pm 10`, or at what one weight makes of it where that
+    is more. The first threshold comes from the first gradients that are not all 0:
+    :math:`\sqrt{\tau_0} = -\log(d)\, \overline{|g_0|}`, which is right if magnitudes
+    are exponentially distributed.
 
     No sorting and no second look at the gradients is needed. The thresholds depend on
     nothing but the gradients given, so that replicas which see the same (averaged)
     gradients keep the same thresholds. A leaf whose gradients are all 0 leaves its
     threshold as it is. If fewer than the wanted share have a nonzero gradient, all of
-    these move. NaN and infinite gradients pass the mask.
+    these move, and the threshold falls no further. At :math:`d = 1` it stays, and all
+    nonzero gradients pass. NaN and infinite gradients pass the mask.
 
     Args:
       density: :math:`d`, the share of weights that shall move, in (0, 1]; a number, a
@@ -198,7 +212,9 @@ def mask_to_density(
         params = float_arrays(params, "parameter")
         return MaskToDensityState(
             count=jnp.zeros([], jnp.int32),
-            log_threshold=jax.tree.map(lambda _: jnp.zeros([], jnp.float32), params),
+            log_threshold=jax.tree.map(
+                lambda _: jnp.full([], -jnp.inf, jnp.float32), params
+            ),
         )
 
     def update_fn(
@@ -209,6 +225,7 @@ def mask_to_density(
     ) -> tuple[optax.Updates, MaskToDensityState]:
         del params, extra_args
         updates = float_arrays(updates, "gradient")
+        require_same_tree(updates, state.log_threshold)
         d = jnp.asarray(at_step(density, state.count), jnp.float32)
         leaves, tree = jax.tree.flatten(updates)
         groups = (
@@ -224,7 +241,7 @@ def mask_to_density(
             if size == 0:
                 continue
             log_tau = jax.lax.cond(
-                state.count == 0,
+                jnp.isneginf(logs[group[0]]),
                 lambda members, log_tau, d, size=size: _first_log_threshold(
                     members, d, size
                 ),
@@ -234,12 +251,22 @@ def mask_to_density(
                 d,
             )
             root = jnp.exp(log_tau / 2)
-            kept = [~(magnitude(g) <= root.astype(working_dtype(g))) for g in members]
+            kept = [
+                (~(magnitude(g) <= root.astype(working_dtype(g))))
+                | ((g != 0) & (d >= 1))
+                for g in members
+            ]
             seen = _total(kept) / size
-            error = jnp.minimum((seen - d) / d, _MAX_ERROR)
-            any_nonzero = _total([g != 0 for g in members]) > 0
+            spread = jnp.maximum(d * (1 - d), jnp.finfo(jnp.float32).tiny)
+            # What one weight of a small leaf is off by must not be cut off: it would
+            # shift the average.
+            largest = jnp.maximum(_MAX_ERROR, 1 / (size * spread))
+            error = jnp.clip((seen - d) / spread, -largest, largest)
+            # Lowering the threshold further is idle where all nonzero gradients pass.
+            any_masked = _total([g != 0 for g in members]) > _total(kept)
+            moves = (d < 1) & jnp.isfinite(log_tau) & ((error > 0) | any_masked)
             log_tau = jnp.where(
-                any_nonzero, jnp.clip(log_tau + rate * error, *_LOG_RANGE), log_tau
+                moves, jnp.clip(log_tau + rate * error, *_LOG_RANGE), log_tau
             )
             for i, keep in zip(group, kept, strict=True):
                 new_leaves[i] = jnp.where(keep, leaves[i], jnp.zeros_like(leaves[i]))
@@ -263,6 +290,5 @@ def _first_log_threshold(
     sums = [jnp.sum(magnitude(g) / size).astype(jnp.float32) for g in gradients]
     mean = jnp.sum(jnp.stack(sums))
     log_tau = 2 * (jnp.log(mean) + jnp.log(-jnp.log(density)))
-    # A mean of 0, inf or NaN says nothing: start low, so that weights do move.
-    log_tau = jnp.where(jnp.isfinite(log_tau), log_tau, _LOG_RANGE[0])
-    return jnp.clip(log_tau, *_LOG_RANGE)
+    # A mean of 0, inf or NaN says nothing: wait for the next step.
+    return jnp.where(jnp.isfinite(log_tau), jnp.clip(log_tau, *_LOG_RANGE), -jnp.inf)

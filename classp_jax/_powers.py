@@ -50,8 +50,10 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
         )
     if isinstance(power, float):
         if power == 0.5:
-            # Two divisions: base * base leaves the range long before g / base**2.
-            return g / base / base
+            # base * base leaves the range long before g / base**2 does, and XLA turns
+            # g / base / base into that.
+            root = 1 / base
+            return g * root * root
         if power == 1.0:
             return g / base
         if power == 1.5:
@@ -63,8 +65,10 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
             return g * _reciprocal_cube_root(base)
         if power == 4.0:
             return g / jnp.sqrt(jnp.sqrt(base))
-        return g * jnp.power(base, -1.0 / power)
-    return g * jnp.power(base, -1.0 / jnp.asarray(power, base.dtype))
+    # Half of the root, twice: the whole of it may leave the range where the result
+    # does not.
+    half = jnp.power(base, -0.5 / cast(power, base.dtype))
+    return g * half * half
 
 
 def _reciprocal_cube_root(x: jax.Array) -> jax.Array:

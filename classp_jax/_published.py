@@ -139,7 +139,8 @@ def _gate(g: jax.Array, threshold: Any) -> jax.Array:
     keeps subnormal numbers, and PyTorch on a CPU does.
     """
     size = magnitude(g)
+    smallest = float(jnp.finfo(g.dtype).smallest_subnormal)
     # g^2 rounds to 0 exactly up to the root of half the smallest subnormal number.
-    bound = float(jnp.finfo(size.dtype).smallest_subnormal / 2) ** 0.5
+    bound = (smallest / 2) ** 0.5
     any_nonzero = jnp.any(~(size <= bound))
     return any_nonzero.astype(jnp.float32) > cast(threshold, jnp.float32)

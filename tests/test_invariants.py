@@ -89,7 +89,7 @@ def params_tree(dtype: Any = jnp.float32) -> Any:
     return {
         "encoder": {"kernel": jnp.ones((3, 4), dtype), "bias": jnp.zeros(4, dtype)},
         "scale": jnp.asarray(2.0, dtype),
-        "head": [jnp.full((2, 3, 2), -1.0, dtype)],
+        "head": [jnp.full((3, 4), -1.0, dtype)],
     }
 
 
@@ -263,6 +263,24 @@ def test_converges(name: str):
         return jax.lax.scan(body, (params, tx.init(params)), length=20_000)[0][0]
 
     assert_close(descend(start), goal, rtol=0.0, atol=3e-2)
+
+
+HYPERPARAMS = [
+    pytest.param(case, name, id=f"{key}-{name}")
+    for key, case in CASES.items()
+    for name in case.hyperparams
+]
+
+
+# The tests below compare one way to give a hyperparameter with another: they would not
+# see one that is ignored.
+@pytest.mark.parametrize(("case", "name"), HYPERPARAMS)
+def test_every_hyperparameter_matters(case: Case, name: str):
+    other = {"threshold": 1.5, "scaling": False}.get(name, case.hyperparams[name] / 2)
+    found = run(case.make(), params_tree(), GRADIENTS)
+    different = run(case.make(**{name: other}), params_tree(), GRADIENTS)
+    same = jax.tree.map(jnp.array_equal, found, different)
+    assert not all(jax.tree.leaves(same))
 
 
 def test_map_params_reaches_the_accumulator_and_not_the_count(case: Case):

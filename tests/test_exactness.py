@@ -525,7 +525,7 @@ def transforms(power: Any = 1.0, eps: float = 0.0) -> dict[str, Any]:
     return {
         "mask_by_threshold": classp_jax.mask_by_threshold(0.5),
         "mask_by_threshold(0)": classp_jax.mask_by_threshold(0.0),
-        "mask_by_threshold(max)": classp_jax.mask_by_threshold(float(FLOAT32.max)),
+        "mask_by_threshold(1e39)": classp_jax.mask_by_threshold(1e39),
         "mask_to_density": classp_jax.mask_to_density(0.5),
         "scale": scale(),
         "scale(include_current=False)": scale(include_current=False),

@@ -17,14 +17,14 @@ PARAMS = {
 }
 GRADIENTS = {
     "layer": {
-        "kernel": jnp.asarray([[1.0, 0.0, -2.0], [0.0, 0.1, 0.0]]),
+        "kernel": jnp.asarray([[1.0, 0.0, -2.0], [0.0, 1e-30, 0.0]]),
         "bias": jnp.asarray([0.0, 3.0, 0.0, 0.0]),
     },
     "none": jnp.ones((0, 5)),
 }
 # After two such gradients, at power 1.
-MEANS = {"layer/kernel": 2 * 3.1 / 6, "layer/bias": 2 * 3.0 / 4, "none": 0.0}
-MEAN = 2 * 6.1 / 10
+MEANS = {"layer/kernel": 2 * 3.0 / 6, "layer/bias": 2 * 3.0 / 4, "none": 0.0}
+MEAN = 2 * 6.0 / 10
 FREE = {"layer/kernel": 3 / 6, "layer/bias": 3 / 4, "none": 0.0}
 ALL_FREE = 6 / 10
 KERNEL_ONLY = {"layer": {"kernel": True, "bias": False}, "none": False}

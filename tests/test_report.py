@@ -298,7 +298,6 @@ def lines_of(axes):
         {"methods": ["sgd", "adam"], "diverged": {("sgd", 0)}},
         {"methods": ["sgd"], "diverged": {("sgd", s) for s in range(3)}},
     ],
-    ids=str,
 )
 def test_write_report(tmp_path, kind):
     results = make_results(**kind)

@@ -189,26 +189,38 @@ def resolve_settings(
       ValueError: for a setting that the part or method does not have.
     """
     settings = {name: setting.default for name, setting in method.settings.items()}
+    for layer in layers:
+        settings |= settings_of(method, layer)
+    return settings
+
+
+def settings_of(
+    method: Method, layer: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """What one layer says of the method; the whole name wins over the parts.
+
+    Raises:
+      ValueError: for a setting that the part or method does not have.
+    """
+    settings: dict[str, float] = {}
     owners = [method.optimizer, *method.additions]
     if method.name not in owners:
         owners.append(method.name)
-    for layer in layers:
-        for owner in owners:
-            # "ewc" also names EWC on SGD, whose learning rate is none of ewc+classp's.
-            own = (
-                method.settings
-                if owner == method.name
-                else (OPTIMIZERS | ADDITIONS)[owner].settings
-            )
-            known = parse_method(owner).settings
-            for name, value in layer.get(owner, {}).items():
-                if name not in known:
-                    raise ValueError(
-                        f"method {owner!r} has no setting {name!r}"
-                        f"{nearest(name, known)}"
-                    )
-                if name in own:
-                    settings[name] = value
+    for owner in owners:
+        # "ewc" also names EWC on SGD, whose learning rate is none of ewc+classp's.
+        own = (
+            method.settings
+            if owner == method.name
+            else (OPTIMIZERS | ADDITIONS)[owner].settings
+        )
+        known = parse_method(owner).settings
+        for name, value in layer.get(owner, {}).items():
+            if name not in known:
+                raise ValueError(
+                    f"method {owner!r} has no setting {name!r}{nearest(name, known)}"
+                )
+            if name in own:
+                settings[name] = value
     return settings
 
 

@@ -13,11 +13,12 @@ from classp_jax.continual.config import (
     ConfigError,
     SweepConfig,
     check,
+    command_line_settings,
     make_network,
     make_streams,
     training,
 )
-from classp_jax.continual.methods import Method, parse_method
+from classp_jax.continual.methods import Method, parse_method, settings_of
 from classp_jax.continual.metrics import average_accuracy
 from classp_jax.continual.results import Run
 from classp_jax.continual.train import train
@@ -35,11 +36,15 @@ class Try(NamedTuple):
     stream's end; 0 if a seed diverged."""
 
 
-def _propose(study: optuna.Study, method: Method) -> tuple[Any, dict[str, float]]:
+def _propose(
+    study: optuna.Study, method: Method, fixed: Mapping[str, float]
+) -> tuple[Any, dict[str, float]]:
     trial = study.ask()
     values: dict[str, float] = {}
     for name, setting in method.settings.items():
-        if setting.choices:
+        if name in fixed:
+            values[name] = fixed[name]
+        elif setting.choices:
             values[name] = trial.suggest_categorical(name, setting.choices)
         else:
             values[name] = trial.suggest_float(
@@ -59,6 +64,7 @@ def tune(
     *,
     tries: int,
     together: int,
+    fixed: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Try]:
@@ -69,6 +75,7 @@ def tune(
       evaluate: gives the accuracy of each of several settings.
       tries: how many settings to try.
       together: how many to propose at once.
+      fixed: settings that are not drawn.
       seed: of the sampler.
       progress: called after each batch.
 
@@ -81,7 +88,8 @@ def tune(
     made: list[Try] = []
     while len(made) < tries:
         batch = [
-            _propose(study, method) for _ in range(min(together, tries - len(made)))
+            _propose(study, method, fixed or {})
+            for _ in range(min(together, tries - len(made)))
         ]
         # Settings with choices are compiled in, so those that share them go together.
         groups: dict[tuple[float, ...], list[int]] = {}
@@ -124,6 +132,7 @@ def sweep(
     if shared:
         raise ConfigError(f"seeds to tune on are also reported ones: {shared}")
     methods = [parse_method(name) for name in config.methods]
+    fixed = command_line_settings(config)
     out = pathlib.Path(
         config.out or f"runs/sweep-{config.stream}-{config.source[0].replace(':', '-')}"
     )
@@ -145,6 +154,7 @@ def sweep(
             evaluate,
             tries=config.tries,
             together=config.together,
+            fixed=settings_of(method, fixed),
             progress=progress,
         )
         _write(config, command, tries, out)

@@ -74,8 +74,15 @@ class StreamConfig:
     """What to compare: optimizers and additions joined by +, such as ewc+classp."""
     epochs: tuple[int, ...] = (10,)
     """Passes over each task's training data; the last one holds for later tasks."""
+    until_loss: tuple[float, ...] = ()
+    """End a task after the first pass whose last batch has a loss below this, at the
+    latest after --epochs; the last number holds for later tasks."""
     batch_size: int = 32
     """Examples a step."""
+    order: Literal["shuffled", "stored"] = "shuffled"
+    """Order of the training examples: another one in every pass, or as stored."""
+    normalisation: tuple[float, ...] = ()
+    """Mean and deviation of the pixels in [0, 1], by default the first task's."""
     points: int = 5
     """How often accuracy is taken during a task."""
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
@@ -98,6 +105,8 @@ class RunConfig(StreamConfig):
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every method for each seed."""
+    score_training: bool = False
+    """Also take the accuracy on the training data, with dropout active."""
     out: str | None = None
     """Folder for the results, by default runs/STREAM-SOURCE."""
 
@@ -224,9 +233,18 @@ def check(config: StreamConfig) -> None:
     for name in ("seeds", "tuning_seeds"):
         if min(getattr(config, name, (0,))) < 0:
             raise ConfigError(f"{name.replace('_', '-')} must be >= 0")
-    if not 0 < config.validation_fraction < 1:
+    least, words = (0, "[0, 1)") if isinstance(config, RunConfig) else (1e-9, "(0, 1)")
+    if not least <= config.validation_fraction < 1:
         raise ConfigError(
-            f"validation-fraction must be in (0, 1): {config.validation_fraction}"
+            f"validation-fraction must be in {words}: {config.validation_fraction}"
+        )
+    if config.until_loss and not min(config.until_loss) > 0:
+        raise ConfigError(f"until-loss must be > 0: {config.until_loss}")
+    if len(config.normalisation) not in (0, 2) or (
+        config.normalisation and not config.normalisation[1] > 0
+    ):
+        raise ConfigError(
+            f"normalisation must be a mean and a deviation > 0: {config.normalisation}"
         )
     if config.lr is not None and not config.lr >= 0:
         raise ConfigError(f"lr must be >= 0: {config.lr}")
@@ -324,4 +342,8 @@ def training(config: StreamConfig, *, evaluate_on: str = "test") -> Training:
         fisher=config.fisher,
         fisher_examples=config.fisher_examples,
         evaluate_on=evaluate_on,
+        order=config.order,
+        normalisation=config.normalisation,
+        until_loss=config.until_loss,
+        score_training=isinstance(config, RunConfig) and config.score_training,
     )

@@ -30,6 +30,15 @@ class Training(NamedTuple):
     """How many training examples of the ended task it takes it from."""
     evaluate_on: str = "test"
     """The split that accuracies are taken on: test or validation."""
+    order: str = "shuffled"
+    """Order of the training examples: shuffled in every pass, or stored."""
+    normalisation: tuple[float, ...] = ()
+    """Mean and deviation of the pixels, by default those of the first task."""
+    until_loss: tuple[float, ...] = ()
+    """A task ends after the first pass whose last batch has a loss below this, at the
+    latest after its passes; the last number holds for later tasks."""
+    score_training: bool = False
+    """Whether to take the accuracy on the training data too, with dropout active."""
 
 
 class Data(NamedTuple):
@@ -63,6 +72,14 @@ class Learner(NamedTuple):
     step: jax.Array
 
 
+class Other(NamedTuple):
+    """The other network that the published script's EWC takes its Fisher from."""
+
+    params: Any
+    squares: Any
+    """A tree like the parameters: the sum of squared batch-mean gradients so far."""
+
+
 class Functions(NamedTuple):
     """The pure functions of one method, each for one run."""
 
@@ -70,6 +87,12 @@ class Functions(NamedTuple):
     step: Callable[..., tuple[Learner, jax.Array]]
     density: Callable[..., jax.Array]
     consolidate: Callable[..., Learner]
+    fresh: Callable[..., Any]
+    """The optimizer state that the present weights would begin with."""
+    reset: Callable[..., Learner]
+    other_init: Callable[..., Other]
+    other_step: Callable[..., Other]
+    consolidate_other: Callable[..., Learner]
 
 
 def make_functions(
@@ -94,7 +117,9 @@ def make_functions(
     masked = not bool(np.all(class_table))
 
     def transform(hyper: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-        return make_transform(method, {**fixed, **hyper})
+        return make_transform(
+            method, {**fixed, **hyper}, later=hyper.get("later", False)
+        )
 
     def logits_of(params: Any, inputs: tuple[Any, Any], key: Any = None) -> Any:
         x, allowed = inputs
@@ -197,7 +222,51 @@ def make_functions(
         )
         return learner._replace(opt_state=state)
 
-    return Functions(init, step, density, consolidate)
+    def fresh(learner: Learner, hyper: Mapping[str, Any]) -> Any:
+        return transform(hyper).init(learner.params)
+
+    def reset(learner: Learner, hyper: Mapping[str, Any]) -> Learner:
+        # The optimizer is the chain's last part, behind the regularizer.
+        state = (*learner.opt_state[:-1], fresh(learner, hyper)[-1])
+        return learner._replace(opt_state=state)
+
+    def other_init(learner: Learner) -> Other:
+        params = model.init(jax.random.fold_in(learner.key, 2**32 - 1))
+        return Other(params, jax.tree.map(jnp.zeros_like, params))
+
+    def other_step(
+        other: Other,
+        learner: Learner,
+        hyper: Mapping[str, Any],
+        seed_index: Any,
+        data: Data,
+        order: jax.Array,
+        i: Any,
+    ) -> Other:
+        now = learner._replace(params=other.params, buffer=None, step=-1 - i)
+        _, gradients, _ = gradient(now, seed_index, data, order, i)
+        rate = {**fixed, **hyper}["learning_rate"]
+        return Other(
+            jax.tree.map(lambda w, g: w - rate * g, other.params, gradients),
+            jax.tree.map(lambda s, g: s + g * g, other.squares, gradients),
+        )
+
+    def consolidate_other(learner: Learner, other: Other, examples: Any) -> Learner:
+        fisher = jax.tree.map(lambda s: s / examples, other.squares)
+        state = regularizers.consolidate(learner.opt_state, other.params, fisher=fisher)
+        return learner._replace(opt_state=state)
+
+    return Functions(
+        init,
+        step,
+        density,
+        consolidate,
+        fresh,
+        reset,
+        other_init,
+        other_step,
+        consolidate_other,
+    )
 
 
 def _store(

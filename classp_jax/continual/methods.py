@@ -1,12 +1,14 @@
 """The methods to compare: an optimizer, and what may be put in front of it.
 
 A method's name is one optimizer and any of the additions, joined by ``+``:
-``sgd``, ``ewc+classp``, ``replay+adam``. An addition alone stands on SGD.
+``sgd``, ``ewc+classp``, ``replay+adam``. An addition alone stands on SGD, and
+``scale-later`` on CLASSP.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 import classp_jax
@@ -42,7 +44,29 @@ def _adagrad(learning_rate: Any, initial_accumulator: Any) -> Any:
     )
 
 
+def _classp_density(learning_rate: Any, eps: Any, density: Any, power: Any) -> Any:
+    return optax.chain(
+        classp_jax.mask_to_density(density),
+        classp_jax.scale_by_generalized_adagrad(power, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _classp_exclusive(learning_rate: Any, eps: Any, threshold: Any, power: Any) -> Any:
+    return optax.chain(
+        classp_jax.mask_by_threshold(threshold),
+        classp_jax.scale_by_generalized_adagrad(power, eps, include_current=False),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 _POWER = Setting(1.0, choices=(0.5, 1.0, 1.5, 2.0))
+_CLASSP = {
+    "learning_rate": Setting(0.1, 1e-3, 1.0),
+    "eps": Setting(1e-2, 1e-6, 10.0),
+    "threshold": Setting(0.0, 1e-12, 1e-4),
+    "power": _POWER,
+}
 
 OPTIMIZERS: dict[str, Part] = {
     "sgd": Part(
@@ -65,13 +89,23 @@ OPTIMIZERS: dict[str, Part] = {
     ),
     "classp": Part(
         "CLASSP, Algorithm 1 of the paper",
+        _CLASSP,
+        classp_jax.classp,
+    ),
+    "classp-density": Part(
+        "CLASSP with a share of the weights that may move in place of a threshold",
         {
-            "learning_rate": Setting(0.1, 1e-3, 1.0),
-            "eps": Setting(1e-2, 1e-6, 10.0),
-            "threshold": Setting(0.0, 1e-12, 1e-4),
+            "learning_rate": _CLASSP["learning_rate"],
+            "eps": _CLASSP["eps"],
+            "density": Setting(0.3, 0.01, 1.0),
             "power": _POWER,
         },
-        classp_jax.classp,
+        _classp_density,
+    ),
+    "classp-exclusive": Part(
+        "CLASSP whose accumulator leaves the current gradient out (equation 1)",
+        _CLASSP,
+        _classp_exclusive,
     ),
     "classp-published": Part(
         "the PyTorch class published with the paper, step for step",
@@ -101,6 +135,25 @@ ADDITIONS: dict[str, Part] = {
         {"strength": Setting(1.0, 1e-3, 1e3), "damping": Setting(0.1, 1e-3, 1.0)},
         regularizers.si,
     ),
+    "ewc-published": Part(
+        "the published script's EWC: Fisher of batch-mean gradients and anchor of "
+        "another network, after the first pass; told the boundary",
+        {"strength": Setting(10_000.0, 1e-1, 1e5)},
+        regularizers.ewc,
+    ),
+    "second-rate": Part(
+        "another learning rate from the second task on; told the boundary",
+        {"second_rate": Setting(0.01, 1e-4, 1.0)},
+    ),
+    "scale-later": Part(
+        "CLASSP's scaling off in the first task, on in later ones, as in the published "
+        "script; told the boundary",
+        {},
+    ),
+    "reset": Part(
+        "the optimizer's state begins anew with every task; told the boundary",
+        {},
+    ),
     "replay": Part(
         "experience replay from a reservoir, one stored batch beside each new one",
         {"replay_size": Setting(200, choices=(200,))},
@@ -128,7 +181,27 @@ class Method(NamedTuple):
     @property
     def told_boundary(self) -> bool:
         """Whether it is told where a task ends."""
-        return self.regularizer is not None
+        return self.regularizer is not None or self.changes_later or self.resets
+
+    @property
+    def changes_later(self) -> bool:
+        """Whether its step is another one from the second task on."""
+        return not {"second-rate", "scale-later"}.isdisjoint(self.additions)
+
+    @property
+    def resets(self) -> bool:
+        """Whether the optimizer's state begins anew with every task."""
+        return "reset" in self.additions
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the Fisher comes from another network, as in the paper's script."""
+        return self.regularizer == "ewc-published"
+
+    @property
+    def consolidates(self) -> bool:
+        """Whether a regularizer is told of every task's end."""
+        return self.regularizer is not None and not self.as_published
 
     @property
     def needs_fisher(self) -> bool:
@@ -148,8 +221,8 @@ def parse_method(name: str) -> Method:
     """Reads a method's name.
 
     Raises:
-      ValueError: for an unknown part, two optimizers, two regularizers, or replay
-        together with joint training.
+      ValueError: for an unknown part, two optimizers, two regularizers, replay
+        together with joint training, or scaling switched where there is none.
 
     Example:
       >>> from classp_jax.continual.methods import parse_method
@@ -172,7 +245,13 @@ def parse_method(name: str) -> Method:
         raise ValueError(f"method {name!r} names more than one regularizer")
     if len(set(additions)) < len(additions) or {"replay", "joint"} <= set(additions):
         raise ValueError(f"method {name!r} names additions that do not go together")
-    return Method(name, optimizers[0] if optimizers else "sgd", additions)
+    optimizer = "classp" if "scale-later" in additions else "sgd"
+    optimizer = optimizers[0] if optimizers else optimizer
+    if "scale-later" in additions and optimizer not in ("classp", "classp-published"):
+        raise ValueError(
+            f"method {name!r}: scale-later goes with classp or classp-published"
+        )
+    return Method(name, optimizer, additions)
 
 
 def resolve_settings(
@@ -225,15 +304,28 @@ def settings_of(
 
 
 def make_transform(
-    method: Method, settings: Mapping[str, Any]
+    method: Method, settings: Mapping[str, Any], *, later: Any = False
 ) -> optax.GradientTransformationExtraArgs:
-    """The method's gradient transformation: the regularizer, then the optimizer."""
+    """The method's gradient transformation: the regularizer, then the optimizer.
 
-    def make(part: Part) -> optax.GradientTransformation:
+    Args:
+      method: the method.
+      settings: its settings, numbers or traced scalars.
+      later: whether the first task is over, which only methods that change their step
+        then ask for; a bool or a traced one. The state's tree does not depend on it.
+    """
+
+    def make(part: Part, **more: Any) -> optax.GradientTransformation:
         assert part.make is not None
-        return part.make(**{name: settings[name] for name in part.settings})
+        return part.make(**{name: settings[name] for name in part.settings} | more)
 
-    transforms = [make(OPTIMIZERS[method.optimizer])]
+    now: dict[str, Any] = {}
+    if "second-rate" in method.additions:
+        rates = settings["second_rate"], settings["learning_rate"]
+        now["learning_rate"] = jnp.where(later, *rates)
+    if "scale-later" in method.additions:
+        now["scaling"] = jnp.asarray(later)
+    transforms = [make(OPTIMIZERS[method.optimizer], **now)]
     if method.regularizer is not None:
         transforms.insert(0, make(ADDITIONS[method.regularizer]))
     return optax.chain(*transforms)

@@ -52,6 +52,15 @@ class Run:
     """Whether the loss became NaN or infinite; the accuracies then mean nothing."""
     settings: dict[str, float | int | bool | str]
     """The method's hyperparameters."""
+    kept_bytes_per_parameter: float = math.nan
+    """Bytes of that state which must outlive a task: all but what could be made anew
+    from the weights; NaN where it was not taken."""
+    steps: list[int] = dataclasses.field(default_factory=list)
+    """The steps that each task's training took, where that depends on the loss; else
+    empty."""
+    training_accuracy: list[float] = dataclasses.field(default_factory=list)
+    """Accuracy in [0, 1] on each task's training data at the stream's end, with dropout
+    active, as the published scripts take it; empty where it was not asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,6 +351,17 @@ def _decode_run(run: Any, num_tasks: int, where: str) -> Run:
         told_boundary=_get(run, "told_boundary", bool, where),
         diverged=_get(run, "diverged", bool, where),
         settings=settings,
+        # Files of version 0.1 do not have the rest.
+        kept_bytes_per_parameter=_number(
+            {"kept_bytes_per_parameter": None, **run}, "kept_bytes_per_parameter", where
+        ),
+        steps=_get({"steps": [], **run}, "steps", list, where),
+        training_accuracy=[
+            math.nan if a is None else a
+            for a in _get(
+                {"training_accuracy": [], **run}, "training_accuracy", list, where
+            )
+        ],
     )
 
 

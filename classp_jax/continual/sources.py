@@ -94,7 +94,7 @@ def load_source(
       data_dir: the folder with prepared TFDS sets; by default the environment's
         ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``. Other sources ignore it.
       validation_fraction: the share of the training part that becomes the validation
-        part, above 0 and below 1.
+        part, at least 0 (there is none then) and below 1.
       seed: decides which examples those are, >= 0.
 
     Returns:
@@ -210,6 +210,8 @@ def check_source(source: Source) -> None:
         ("test", source.test),
     ):
         where = f"{source.name}, {part} part"
+        if part == "validation" and not len(split.y):
+            continue
         check_split(where, split, len(source.class_names))
         if source.kind == "text":
             if split.x.ndim != 1 or not all(isinstance(text, str) for text in split.x):
@@ -309,15 +311,15 @@ def as_labels(where: str, y: Any) -> np.ndarray:
 
 
 def check_fraction(validation_fraction: float) -> None:
-    """Raises :class:`SourceError` unless the share is above 0 and below 1.
+    """Raises :class:`SourceError` unless the share is at least 0 and below 1.
 
     Example:
       >>> check_fraction(0.1)
     """
     number = isinstance(validation_fraction, numbers.Real)
-    if not (number and 0 < float(validation_fraction) < 1):
+    if not (number and 0 <= float(validation_fraction) < 1):
         raise SourceError(
-            "validation_fraction must be above 0 and below 1, got "
+            "validation_fraction must be at least 0 and below 1, got "
             f"{validation_fraction!r}."
         )
 

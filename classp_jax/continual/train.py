@@ -24,6 +24,7 @@ from classp_jax.continual.learner import (
 from classp_jax.continual.methods import Method
 from classp_jax.continual.models import Model
 from classp_jax.continual.results import Run
+from classp_jax.continual.sources import Split
 from classp_jax.continual.streams import Stream
 
 _EVALUATION_BATCH = 1000
@@ -35,9 +36,15 @@ class _Compiled(NamedTuple):
     """A method's functions, vectorised over runs if wanted, and jitted."""
 
     init: Any
-    advance: Callable[..., tuple[Learner, jax.Array]]
+    advance: Callable[..., tuple[Learner, jax.Array, jax.Array]]
+    """The learner, the sum of the losses, and the last one."""
     density: Any
     consolidate: Any
+    fresh: Any
+    reset: Any
+    other_init: Any
+    other_step: Any
+    consolidate_other: Any
 
 
 def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
@@ -52,15 +59,14 @@ def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
         order: jax.Array,
         start: Any,
         stop: Any,
-    ) -> tuple[Learner, jax.Array]:
-        def body(i: Any, carry: tuple[Learner, jax.Array]) -> tuple[Learner, jax.Array]:
-            learner, total = carry
+    ) -> tuple[Learner, jax.Array, jax.Array]:
+        def body(i: Any, carry: Any) -> tuple[Learner, jax.Array, jax.Array]:
+            learner, total, _ = carry
             learner, loss = functions.step(learner, hyper, seed_index, data, order, i)
-            return learner, total + loss
+            return learner, total + loss, loss
 
-        return jax.lax.fori_loop(
-            start, stop, body, (learner, jnp.zeros([], jnp.float32))
-        )
+        nothing = jnp.zeros([], jnp.float32)
+        return jax.lax.fori_loop(start, stop, body, (learner, nothing, nothing))
 
     step_axes = (0, 0, 0, None, None, None)
     if loop:
@@ -76,14 +82,14 @@ def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
             order: jax.Array,
             start: int,
             stop: int,
-        ) -> tuple[Learner, jax.Array]:
-            total = jnp.zeros([], jnp.float32)
+        ) -> tuple[Learner, jax.Array, jax.Array]:
+            total = loss = jnp.zeros([], jnp.float32)
             for i in range(start, stop):
                 learner, loss = step(
                     learner, hyper, seed_index, data, order, np.int32(i)
                 )
                 total = total + loss
-            return learner, total
+            return learner, total, loss
 
     return _Compiled(
         init=jax.jit(lift(functions.init, (0, 0, None))),
@@ -95,6 +101,11 @@ def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
         )
         if loop
         else functions.consolidate,
+        fresh=jax.jit(lift(functions.fresh, (0, 0))),
+        reset=jax.jit(lift(functions.reset, (0, 0))),
+        other_init=jax.jit(lift(functions.other_init, (0,))),
+        other_step=jax.jit(lift(functions.other_step, (0, *step_axes))),
+        consolidate_other=jax.jit(lift(functions.consolidate_other, (0, 0, None))),
     )
 
 
@@ -119,13 +130,14 @@ def _correct(
     y: jax.Array,
     classes: jax.Array,
     start: Any,
+    key: jax.Array | None = None,
     *,
     model: Model,
     scale: _Scale,
     batch: int,
     together: bool,
 ) -> jax.Array:
-    """How many of a batch of test examples each run gets right.
+    """How many of a batch of examples each run gets right; with a key, under dropout.
 
     Compiled once for all methods, which have nothing to do with it.
     """
@@ -133,7 +145,7 @@ def _correct(
     def correct(params: Any, seed_index: Any) -> jax.Array:
         inputs = jax.lax.dynamic_slice_in_dim(x[seed_index], start, batch)
         labels = jax.lax.dynamic_slice_in_dim(y[seed_index], start, batch)
-        logits = model.apply(params, scale(inputs), None)
+        logits = model.apply(params, scale(inputs), key)
         logits = jnp.where(classes[seed_index], logits, -jnp.inf)
         # The padding's label is -1, which no prediction equals.
         return jnp.sum(jnp.argmax(logits, axis=1).astype(jnp.int32) == labels)
@@ -234,15 +246,21 @@ def _steps_per_task(stream: Stream, training: Training) -> tuple[int, ...]:
     )
 
 
-def _order(size: int, steps: int, batch_size: int, seed: int, task: int) -> np.ndarray:
-    """Indices ``[steps, batch_size]``: every pass in an order of its own.
+def _order(
+    size: int, steps: int, training: Training, seed: int, task: int
+) -> np.ndarray:
+    """Indices ``[steps, batch_size]``: every pass in an order of its own, or as stored.
 
     The examples that do not fill a last batch are left out of that pass.
     """
     rng = np.random.default_rng([seed, task])
-    per_epoch = _batches_per_epoch(size, batch_size)
+    shuffled = training.order == "shuffled"
+    per_epoch = _batches_per_epoch(size, training.batch_size)
     epochs = [
-        np.resize(rng.permutation(size), (per_epoch, batch_size))
+        np.resize(
+            rng.permutation(size) if shuffled else np.arange(size),
+            (per_epoch, training.batch_size),
+        )
         for _ in range(-(-steps // per_epoch))
     ]
     return np.concatenate(epochs)[:steps].astype(np.int32)
@@ -258,11 +276,15 @@ def _padded(arrays: Sequence[np.ndarray], length: int, fill: int = 0) -> jax.Arr
     return jnp.asarray(stacked)
 
 
-def _scale(stream: Stream) -> _Scale:
+def _scale(stream: Stream, normalisation: tuple[float, ...]) -> _Scale:
     """The scale of the first task's pixels: of later ones nothing is known yet."""
     x = stream.tasks[0].train.x
     if np.issubdtype(x.dtype, np.signedinteger):
         return _Scale(0.0, 1.0)
+    if normalisation:
+        # In units of the stored pixels: those of uint8 images go to 255.
+        unit = 255 if x.dtype == np.uint8 else 1
+        return _Scale(unit * normalisation[0], unit * normalisation[1])
     deviation = float(np.std(x, dtype=np.float64))
     return _Scale(float(np.mean(x, dtype=np.float64)), deviation or 1.0)
 
@@ -284,10 +306,10 @@ def _train_together(
     steps = _steps_per_task(streams[0], training)
     joint = "joint" in method.additions
     class_table = jnp.asarray([[t.classes for t in s.tasks] for s in streams])
-    scale = _scale(streams[0])
+    scale = _scale(streams[0], training.normalisation)
     tests = [[getattr(t, training.evaluate_on) for t in s.tasks] for s in streams]
-    sizes = np.array([[len(split.y) for split in row] for row in tests])
-    evaluation_batch = min(_EVALUATION_BATCH, int(sizes.max()))
+    largest_test = max(len(split.y) for row in tests for split in row)
+    evaluation_batch = min(_EVALUATION_BATCH, largest_test)
     compiled = _compile(
         make_functions(method, fixed, model, scale, class_table, training),
         together=together,
@@ -309,17 +331,22 @@ def _train_together(
         hyper = {name: value[0] for name, value in hyper.items()}
         seed_index, keys = seed_index[0], keys[0]
 
-    padded_test = -(-int(sizes.max()) // evaluation_batch) * evaluation_batch
-    test_data = [
-        (
-            _padded([row[k].x for row in tests], padded_test),
-            _padded([row[k].y for row in tests], padded_test, fill=-1),
-        )
-        for k in range(num_tasks)
-    ]
-    run_sizes = np.tile(sizes, (len(hypers), 1))
+    def on(splits: Sequence[Sequence[Split]]) -> tuple[list[Any], np.ndarray]:
+        """Data to evaluate on, a task each, padded; and the sizes, [runs, tasks]."""
+        sizes = np.array([[len(split.y) for split in row] for row in splits])
+        length = -(-int(sizes.max()) // evaluation_batch) * evaluation_batch
+        data = [
+            (
+                _padded([row[k].x for row in splits], length),
+                _padded([row[k].y for row in splits], length, fill=-1),
+            )
+            for k in range(num_tasks)
+        ]
+        return data, np.tile(sizes, (len(hypers), 1))
 
-    def accuracies(learner: Learner) -> np.ndarray:
+    def accuracies(
+        learner: Learner, data: list[Any], sizes: np.ndarray, key: Any = None
+    ) -> np.ndarray:
         """``[runs, tasks]``."""
         counts = [
             sum(
@@ -330,17 +357,19 @@ def _train_together(
                     y,
                     class_table[:, k],
                     np.int32(start),
+                    None if key is None else jax.random.fold_in(key, start + k),
                     model=model,
                     scale=scale,
                     batch=evaluation_batch,
                     together=together,
                 )
-                for start in range(0, padded_test, evaluation_batch)
+                for start in range(0, x.shape[1], evaluation_batch)
             )
-            for k, (x, y) in enumerate(test_data)
+            for k, (x, y) in enumerate(data)
         ]
-        return np.stack([np.ravel(c) for c in counts], axis=1) / run_sizes
+        return np.stack([np.ravel(c) for c in counts], axis=1) / sizes
 
+    test_data = on(tests)
     training_sets = [[task.train for task in stream.tasks] for stream in streams]
     longest = max(len(s.y) for row in training_sets for s in row)
     if joint:
@@ -365,53 +394,79 @@ def _train_together(
     data, lengths = task_data(0)
     learner = compiled.init(keys, hyper, jax.eval_shape(lambda: data.x[0, 0]))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(learner.params))
-    state_bytes = sum(
-        leaf.nbytes for leaf in jax.tree.leaves((learner.opt_state, learner.buffer))
-    )
+    state_bytes = _nbytes((learner.opt_state, learner.buffer))
+    # What joint training keeps from step to step is all the data.
+    joint_bytes = sum(s.x.nbytes + s.y.nbytes for s in training_sets[0])
     if joint:
-        # What joint training keeps from step to step is all the data.
-        state_bytes += sum(s.x.nbytes + s.y.nbytes for s in training_sets[0]) * num_runs
+        state_bytes += joint_bytes * num_runs
 
     matrix = np.full((num_runs, num_tasks + 1, num_tasks), np.nan)
-    matrix[:, 0] = accuracies(learner)
+    matrix[:, 0] = accuracies(learner, *test_data)
     curve_steps, curve, densities = [0], [matrix[:, 0]], []
     finite = np.ones(num_runs, bool)
+    taken = np.zeros((num_runs, num_tasks), int)
+    kept_bytes = np.full(num_runs, np.nan)
     seconds, done, total = 0.0, 0, sum(steps)
     for k in range(num_tasks):
         if k and not joint:
             data, lengths = task_data(k)
+        if method.changes_later:
+            hyper = hyper | {"later": jnp.full(np.shape(seed_index), k > 0)}
         orders = [
-            _order(n, steps[k], training.batch_size, seed, k)
+            _order(n, steps[k], training, seed, k)
             for n, seed in zip(lengths, seeds, strict=True)
         ]
         # One length for all tasks, so that nothing is compiled twice.
         order = _padded(orders, max(steps))
         if k == 0:
             _warm_up(compiled, learner, hyper, seed_index, data, order)
-        cuts = np.linspace(0, steps[k], training.points_per_task + 1).astype(int)
-        for start, stop in itertools.pairwise(cuts):
-            if start == stop:
+        points = np.linspace(0, steps[k], training.points_per_task + 1).astype(int)
+        one_pass = _batches_per_epoch(lengths[0], training.batch_size)
+        cuts = set(points.tolist())
+        target = 0.0
+        if training.until_loss and not joint:
+            target = training.until_loss[min(k, len(training.until_loss) - 1)]
+            cuts |= set(range(0, steps[k], one_pass))
+        if method.as_published and k == 0:
+            cuts.add(one_pass)
+        active = np.ones(num_runs, bool)
+        for start, stop in itertools.pairwise(sorted(cuts)):
+            if active.any():
+                jax.block_until_ready(learner)
+                # Where a run's task is over, its learner stays as it is.
+                before = None if active.all() else jax.tree.map(jnp.copy, learner)
+                began = time.perf_counter()
+                learner, losses, last = compiled.advance(
+                    learner, hyper, seed_index, data, order, start, stop
+                )
+                jax.block_until_ready(learner)
+                seconds += time.perf_counter() - began
+                if before is not None:
+                    learner = _where(active, learner, before)
+                finite &= np.isfinite(np.ravel(losses)) | ~active
+                taken[active, k] += stop - start
+                if stop % one_pass == 0:
+                    active &= ~(np.ravel(last) < target)
+            if method.as_published and k == 0 and stop == one_pass:
+                began = time.perf_counter()
+                other = compiled.other_init(learner)
+                for i in range(one_pass):
+                    other = compiled.other_step(
+                        other, learner, hyper, seed_index, data, order, np.int32(i)
+                    )
+                learner = jax.block_until_ready(
+                    compiled.consolidate_other(learner, other, np.float32(lengths[0]))
+                )
+                seconds += time.perf_counter() - began
+            done += stop - start
+            if stop not in points:
                 continue
-            jax.block_until_ready(learner)
-            began = time.perf_counter()
-            learner, loss = compiled.advance(
-                learner,
-                hyper,
-                seed_index,
-                data,
-                order,
-                int(start),
-                int(stop),
-            )
-            jax.block_until_ready(learner)
-            seconds += time.perf_counter() - began
-            finite &= np.isfinite(np.ravel(loss))
-            done += int(stop - start)
             density = compiled.density(
                 learner, hyper, seed_index, data, order, np.int32(stop - 1)
             )
             densities.append(np.broadcast_to(np.ravel(density), num_runs))
-            accuracy = np.where(finite[:, None], accuracies(learner), np.nan)
+            accuracy = accuracies(learner, *test_data)
+            accuracy = np.where(finite[:, None], accuracy, np.nan)
             curve_steps.append(done)
             curve.append(accuracy)
             if progress is not None:
@@ -423,7 +478,7 @@ def _train_together(
             matrix[:, k + 1] = curve[-1]
         if not finite.any():
             break
-        if method.told_boundary:
+        if method.consolidates:
             indices = jnp.asarray(
                 np.stack(
                     [
@@ -441,7 +496,20 @@ def _train_together(
             )
             if k:  # The first call is spent on compiling.
                 seconds += time.perf_counter() - began
+        if method.resets:
+            learner = compiled.reset(learner, hyper)
+        if k == 0:
+            kept = learner.opt_state, compiled.fresh(learner, hyper)
+            kept_bytes = _bytes_that_differ(*kept, num_runs)
+            if learner.buffer is not None:
+                kept_bytes += _nbytes(learner.buffer) / num_runs
+            if joint:
+                kept_bytes += joint_bytes
 
+    in_training = np.full((num_runs, 0), np.nan)
+    if training.score_training:
+        in_training = accuracies(learner, *on(training_sets), key=jax.random.key(0))
+        in_training = np.where(finite[:, None], in_training, np.nan)
     stacked = np.stack(curve, axis=1)
     mean_density = np.mean(densities, axis=0)
 
@@ -458,12 +526,44 @@ def _train_together(
             told_boundary=method.told_boundary,
             diverged=not bool(finite[index]),
             settings=dict(setting),
+            kept_bytes_per_parameter=float(kept_bytes[index] * num_runs / parameters),
+            steps=taken[index].tolist() if training.until_loss else [],
+            training_accuracy=in_training[index].tolist(),
         )
 
     return [
         [run(i * len(seeds) + j, setting, seed) for j, seed in enumerate(seeds)]
         for i, setting in enumerate(settings)
     ]
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _where(chosen: np.ndarray, new: Any, old: Any) -> Any:
+    """New leaves for the chosen runs, old ones for the others."""
+
+    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        along = (
+            chosen.reshape(chosen.shape + (1,) * (a.ndim - 1))
+            if a.ndim
+            else (chosen[0])
+        )
+        return jnp.where(along, a, b)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def _bytes_that_differ(state: Any, fresh: Any, num_runs: int) -> np.ndarray:
+    """Of each run's state, the bytes of the arrays that are not as they would begin."""
+    total = np.zeros(num_runs)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
+        if jnp.ndim(a) and a.size > num_runs:
+            shape = (num_runs, -1)
+            differ = np.any(np.reshape(a, shape) != np.reshape(b, shape), axis=1)
+            total += differ * (a.nbytes / num_runs)
+    return total
 
 
 def _warm_up(

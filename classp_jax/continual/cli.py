@@ -55,19 +55,37 @@ def _parse(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> 
         raise UsageError(message) from None
 
 
-def _with_file(kind: Callable[[], T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """The defaults, or those of the file after ``--config``; the other arguments."""
-    from classp_jax.continual.config import read_config, with_options
-
-    default, rest = kind(), list(arguments)
+def _taken(rest: list[str], option: str, what: str) -> str | None:
+    """Takes an option and its value out of the arguments."""
     for i, argument in enumerate(rest):
-        if argument == "--config" or argument.startswith("--config="):
+        if argument == option or argument.startswith(f"{option}="):
             inline = argument.partition("=")[2]
             if not inline and i + 1 >= len(rest):
-                raise UsageError("--config needs a TOML or JSON file")
-            path = inline or rest[i + 1]
+                raise UsageError(f"{option} needs {what}")
+            value = inline or rest[i + 1]
             del rest[i : i + (1 if inline else 2)]
-            return with_options(default, read_config(path)), rest  # pyright: ignore[reportArgumentType]
+            return value
+    return None
+
+
+def _with_file(kind: Callable[[], T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """The defaults, or those of --preset and of --config; the other arguments."""
+    from classp_jax.continual.config import read_config, read_preset, with_options
+
+    default: Any = kind()
+    rest = list(arguments)
+    size = _taken(rest, "--preset-size", "a size")
+    preset = _taken(rest, "--preset", "a name; classp-jax list names them")
+    path = _taken(rest, "--config", "a TOML or JSON file")
+    if preset is not None:
+        options = read_preset(preset, size)
+        if hasattr(default, "tries"):
+            options["out"] = options["out"].replace("runs/", "runs/sweep-")
+        default = with_options(default, options)
+    elif size is not None:
+        raise UsageError("--preset-size goes with --preset")
+    if path is not None:
+        default = with_options(default, read_config(path))
     return default, rest
 
 
@@ -115,8 +133,9 @@ def _run(arguments: Sequence[str], console: Console) -> None:
 
 _RUN_HELP = (
     "Train on a stream of tasks and report what was kept and what was forgotten. "
-    "--config FILE takes options from a TOML or JSON file; those of the command line "
-    "win."
+    "--preset NAME (and --preset-size SIZE) takes the options of an experiment that "
+    "classp-jax list names, --config FILE those of a TOML or JSON file; options of the "
+    "command line win."
 )
 
 
@@ -131,7 +150,7 @@ def _sweep(arguments: Sequence[str], console: Console) -> None:
         default=default,
         prog="classp-jax sweep",
         description="Tune every method with the same number of tries, on validation "
-        "data and on seeds that are not reported. --config FILE as for run.",
+        "data and on seeds that are not reported. --preset and --config as for run.",
     )
     with _progress(console, "tries") as progress:
         tries, out = sweep(config, _command_line("sweep", arguments), progress=progress)
@@ -175,6 +194,7 @@ def _report(arguments: Sequence[str], console: Console) -> None:
 
 
 def _list(arguments: Sequence[str], console: Console) -> None:
+    from classp_jax.continual.config import preset_sizes
     from classp_jax.continual.methods import ADDITIONS, OPTIMIZERS
     from classp_jax.continual.models import MODELS
     from classp_jax.continual.sources import SOURCES
@@ -188,11 +208,14 @@ def _list(arguments: Sequence[str], console: Console) -> None:
         "sources": SOURCES,
         "models": MODELS,
         "methods (join by +: ewc+classp)": {k: p.summary for k, p in parts.items()},
+        "presets, with their sizes": {
+            k: ", ".join(v) for k, v in preset_sizes().items()
+        },
     }
     for title, table in tables.items():
         console.print(title, style="bold")
         for name, summary in table.items():
-            console.print(f"  {name:<18} {summary}", highlight=False, markup=False)
+            console.print(f"  {name:<24} {summary}", highlight=False, markup=False)
 
 
 def _benchmark(arguments: Sequence[str], console: Console) -> None:

@@ -89,6 +89,8 @@ class StreamConfig:
     """How EWC takes the Fisher information."""
     fisher_examples: int = 1000
     """Training examples of the ended task it takes it from."""
+    score_training: bool = False
+    """Also take the accuracy on the training data, with dropout active."""
     lr: float | None = None
     """Learning rate of every method, in place of each one's own."""
     set: tuple[str, ...] = ()
@@ -105,8 +107,6 @@ class RunConfig(StreamConfig):
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every method for each seed."""
-    score_training: bool = False
-    """Also take the accuracy on the training data, with dropout active."""
     out: str | None = None
     """Folder for the results, by default runs/STREAM-SOURCE."""
 
@@ -132,6 +132,9 @@ C = TypeVar("C", bound=StreamConfig)
 DEFAULTS = pathlib.Path(__file__).with_name("defaults.toml")
 """The settings a run starts from: the winners of a sweep, with its command."""
 
+PRESETS = pathlib.Path(__file__).with_name("presets")
+"""Experiments ready to run, NAME.SIZE.toml, each with the winners of its sweep."""
+
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     """Reads a TOML or JSON file of options.
@@ -153,6 +156,42 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold a table of options")
     return content.get("configuration", content)
+
+
+def preset_sizes() -> dict[str, tuple[str, ...]]:
+    """The names of the presets, each with its sizes.
+
+    Example:
+      >>> preset_sizes()["phrasebank-imdb"]
+      ('paper', 'small')
+    """
+    sizes: dict[str, tuple[str, ...]] = {}
+    for path in sorted(PRESETS.glob("*.toml")):
+        name, _, size = path.stem.rpartition(".")
+        sizes[name] = (*sizes.get(name, ()), size)
+    return sizes
+
+
+def read_preset(name: str, size: str | None = None) -> dict[str, Any]:
+    """The options of a preset, with a folder for the results named after it.
+
+    Args:
+      name: one of :func:`preset_sizes`.
+      size: one of its sizes; by default ``"small"``, or the only one.
+
+    Raises:
+      ConfigError: for an unknown name or size.
+    """
+    sizes = preset_sizes()
+    if name not in sizes:
+        raise ConfigError(f"unknown preset {name!r}{nearest(name, sizes)}")
+    if size is None:
+        size = "small" if "small" in sizes[name] else sizes[name][0]
+    if size not in sizes[name]:
+        raise ConfigError(
+            f"preset {name!r} has no size {size!r}; it has {', '.join(sizes[name])}"
+        )
+    return read_config(PRESETS / f"{name}.{size}.toml") | {"out": f"runs/{name}-{size}"}
 
 
 def with_options(config: C, options: Mapping[str, Any]) -> C:
@@ -345,5 +384,5 @@ def training(config: StreamConfig, *, evaluate_on: str = "test") -> Training:
         order=config.order,
         normalisation=config.normalisation,
         until_loss=config.until_loss,
-        score_training=isinstance(config, RunConfig) and config.score_training,
+        score_training=config.score_training,
     )

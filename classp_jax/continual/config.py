@@ -5,14 +5,14 @@ import json
 import pathlib
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from classp_jax.continual._names import nearest
 from classp_jax.continual.learner import Training
-from classp_jax.continual.methods import Method, parse_method, resolve_settings
+from classp_jax.continual.methods import Method, Setting, parse_method, resolve_settings
 from classp_jax.continual.models import Model, make_model
 from classp_jax.continual.sources import load_sources
 from classp_jax.continual.streams import Stream, make_stream
@@ -115,6 +115,8 @@ class RunConfig(StreamConfig):
 class SweepConfig(StreamConfig):
     """Tune every method with the same number of tries, on validation data."""
 
+    range: tuple[str, ...] = ()
+    """What to draw a setting from, such as classp.learning_rate=1e-5:0.1."""
     tries: int = 24
     """Settings tried for each method."""
     together: int = 8
@@ -289,24 +291,52 @@ def check(config: StreamConfig) -> None:
         raise ConfigError(f"lr must be >= 0: {config.lr}")
 
 
-def command_line_settings(config: StreamConfig) -> Settings:
-    """What ``--set`` and ``--lr`` ask for."""
-    settings: Settings = {}
-    for text in config.set:
+def _assignments(option: str, texts: Sequence[str], form: str) -> Iterator[Any]:
+    """``(owner, name, [numbers])`` of every OWNER.NAME=NUMBER:NUMBER."""
+    for text in texts:
         left, equals, value = text.partition("=")
         owner, dot, name = left.rpartition(".")
         try:
             if not (equals and dot):
                 raise ValueError
-            settings.setdefault(owner, {})[name.replace("-", "_")] = float(value)
+            numbers = [float(number) for number in value.split(":")]
+            if len(numbers) != form.count("NUMBER"):
+                raise ValueError
         except ValueError as error:
-            raise ConfigError(
-                f"--set takes METHOD.SETTING=NUMBER, got {text!r}"
-            ) from error
+            raise ConfigError(f"{option} takes {form}, got {text!r}") from error
+        yield owner, name.replace("-", "_"), numbers
+
+
+def command_line_settings(config: StreamConfig) -> Settings:
+    """What ``--set`` and ``--lr`` ask for."""
+    settings: Settings = {}
+    form = "METHOD.SETTING=NUMBER"
+    for owner, name, (value,) in _assignments("--set", config.set, form):
+        settings.setdefault(owner, {})[name] = value
     if config.lr is not None:
         for name in config.methods:
             settings.setdefault(name, {}).setdefault("learning_rate", config.lr)
     return settings
+
+
+def command_line_ranges(config: SweepConfig) -> dict[str, dict[str, Setting]]:
+    """What ``--range`` asks for."""
+    ranges: dict[str, dict[str, Setting]] = {}
+    form = "METHOD.SETTING=NUMBER:NUMBER"
+    for owner, name, (low, high) in _assignments("--range", config.range, form):
+        if not 0 < low <= high:
+            raise ConfigError(f"--range needs 0 < low <= high: {low:g}:{high:g}")
+        ranges.setdefault(owner, {})[name] = Setting(low, low, high)
+    return ranges
+
+
+def check_owners(option: str, asked: Iterable[str], methods: Sequence[Method]) -> None:
+    """Raises ConfigError for settings of a method that does not take part."""
+    known = {m.name for m in methods}
+    known |= {part for m in methods for part in (m.optimizer, *m.additions)}
+    for owner in asked:
+        if owner not in known:
+            raise ConfigError(f"{option} names {owner!r}{nearest(owner, known)}")
 
 
 def methods_and_settings(
@@ -323,11 +353,7 @@ def methods_and_settings(
     defaults = read_config(DEFAULTS).get("settings", {})
     asked = command_line_settings(config)
     methods = [parse_method(name) for name in config.methods]
-    known = {m.name for m in methods}
-    known |= {part for m in methods for part in (m.optimizer, *m.additions)}
-    for owner in asked:
-        if owner not in known:
-            raise ConfigError(f"--set names {owner!r}{nearest(owner, known)}")
+    check_owners("--set", asked, methods)
     return [(m, resolve_settings(m, defaults, config.settings, asked)) for m in methods]
 
 

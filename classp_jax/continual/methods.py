@@ -6,7 +6,7 @@ A method's name is one optimizer and any of the additions, joined by ``+``:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import optax
@@ -14,6 +14,8 @@ import optax
 import classp_jax
 from classp_jax import regularizers
 from classp_jax.continual._names import nearest
+
+T = TypeVar("T")
 
 
 class Setting(NamedTuple):
@@ -273,15 +275,13 @@ def resolve_settings(
     return settings
 
 
-def settings_of(
-    method: Method, layer: Mapping[str, Mapping[str, float]]
-) -> dict[str, float]:
+def settings_of(method: Method, layer: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
     """What one layer says of the method; the whole name wins over the parts.
 
     Raises:
       ValueError: for a setting that the part or method does not have.
     """
-    settings: dict[str, float] = {}
+    settings: dict[str, T] = {}
     owners = [method.optimizer, *method.additions]
     if method.name not in owners:
         owners.append(method.name)

@@ -13,12 +13,14 @@ from classp_jax.continual.config import (
     ConfigError,
     SweepConfig,
     check,
+    check_owners,
+    command_line_ranges,
     command_line_settings,
     make_network,
     make_streams,
     training,
 )
-from classp_jax.continual.methods import Method, parse_method, settings_of
+from classp_jax.continual.methods import Method, Setting, parse_method, settings_of
 from classp_jax.continual.metrics import average_accuracy
 from classp_jax.continual.results import Run
 from classp_jax.continual.train import train
@@ -37,11 +39,11 @@ class Try(NamedTuple):
 
 
 def _propose(
-    study: optuna.Study, method: Method, fixed: Mapping[str, float]
+    study: optuna.Study, space: Mapping[str, Setting], fixed: Mapping[str, float]
 ) -> tuple[Any, dict[str, float]]:
     trial = study.ask()
     values: dict[str, float] = {}
-    for name, setting in method.settings.items():
+    for name, setting in space.items():
         if name in fixed:
             values[name] = fixed[name]
         elif setting.choices:
@@ -65,6 +67,7 @@ def tune(
     tries: int,
     together: int,
     fixed: Mapping[str, float] | None = None,
+    ranges: Mapping[str, Setting] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Try]:
@@ -76,6 +79,7 @@ def tune(
       tries: how many settings to try.
       together: how many to propose at once.
       fixed: settings that are not drawn.
+      ranges: what to draw some settings from, in place of the method's own.
       seed: of the sampler.
       progress: called after each batch.
 
@@ -85,10 +89,11 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
+    space = {**method.settings, **(ranges or {})}
     made: list[Try] = []
     while len(made) < tries:
         batch = [
-            _propose(study, method, fixed or {})
+            _propose(study, space, fixed or {})
             for _ in range(min(together, tries - len(made)))
         ]
         # Settings with choices are compiled in, so those that share them go together.
@@ -132,7 +137,9 @@ def sweep(
     if shared:
         raise ConfigError(f"seeds to tune on are also reported ones: {shared}")
     methods = [parse_method(name) for name in config.methods]
-    fixed = command_line_settings(config)
+    fixed, ranges = command_line_settings(config), command_line_ranges(config)
+    check_owners("--set", fixed, methods)
+    check_owners("--range", ranges, methods)
     out = pathlib.Path(
         config.out or f"runs/sweep-{config.stream}-{config.source[0].replace(':', '-')}"
     )
@@ -155,6 +162,7 @@ def sweep(
             tries=config.tries,
             together=config.together,
             fixed=settings_of(method, fixed),
+            ranges=settings_of(method, ranges),
             progress=progress,
         )
         _write(config, command, tries, out)
@@ -177,7 +185,8 @@ def _write(
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(config).items()
         if value is not None
-        and name not in ("out", "set", "lr", "tries", "together", "tuning_seeds")
+        and name
+        not in ("out", "set", "lr", "range", "tries", "together", "tuning_seeds")
     }
     options["methods"] = list(tries)
     options["settings"] = {

@@ -560,8 +560,7 @@ def _bytes_that_differ(state: Any, fresh: Any, num_runs: int) -> np.ndarray:
     total = np.zeros(num_runs)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
         if jnp.ndim(a) and a.size > num_runs:
-            shape = (num_runs, -1)
-            differ = np.any(np.reshape(a, shape) != np.reshape(b, shape), axis=1)
+            differ = np.asarray(a != b).reshape(num_runs, -1).any(axis=1)
             total += differ * (a.nbytes / num_runs)
     return total
 

@@ -1,5 +1,6 @@
 """Every number in the documentation equals the stored result that it names."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -95,3 +96,61 @@ def test_readme_quotes_the_stored_run(digits):
             continue
         assert re.search(rf"\| `?{re.escape(name)}`? \| {re.escape(accuracy)} ", readme)
     assert digits["date"] in readme
+
+
+@pytest.fixture(scope="module")
+def paper():
+    path = ROOT / "docs/paper/render.py"
+    spec = importlib.util.spec_from_file_location("render", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_paper_is_its_template_with_the_stored_results(paper):
+    template = paper.TEMPLATE.read_text(encoding="utf-8")
+    assert paper.render(template) == paper.PAGE.read_text(encoding="utf-8")
+
+
+def test_no_result_in_the_paper_s_template_is_typed(paper):
+    template = paper.TEMPLATE.read_text(encoding="utf-8")
+    typed = re.sub(r"\{\{.+?\}\}", "", template, flags=re.DOTALL)
+    # What the scripts themselves gave is a fact from elsewhere.
+    typed = re.sub(r"<!-- from elsewhere -->.*?<!-- end -->", "", typed, flags=re.S)
+    assert re.findall(r"\d+\.\d+ ?(?:%|points|±|\|)", typed) == []
+
+
+def test_the_paper_s_numbers_depend_on_the_stored_results(paper, monkeypatch):
+    name, method = "mnist-fashion", "classp"
+    before = paper.acc(name, method)
+    runs = paper.of(name, method)
+    assert before == paper.spread(
+        [100 * sum(run.matrix[-1]) / len(run.matrix[-1]) for run in runs]
+    )
+    worse = [
+        run.__class__(**{**vars(run), "matrix": [[0.0, 0.0]] * len(run.matrix)})
+        for run in runs
+    ]
+    monkeypatch.setattr(paper, "of", lambda *_: worse)
+    assert paper.acc(name, method) == "0.0 ± 0.0"
+
+
+def test_stored_results_come_from_the_presets(paper):
+    from classp_jax.continual.config import (
+        RunConfig,
+        preset_sizes,
+        read_preset,
+        with_options,
+    )
+
+    free = {"source", "data_dir", "seeds", "out", "methods"}
+    for name in preset_sizes():
+        stored = paper.results(name).configuration
+        size = "paper" if name.endswith("published") else "small"
+        preset = vars(with_options(RunConfig(), read_preset(name, size)))
+        for key, value in preset.items():
+            if key in free or key not in stored:
+                continue
+            value = list(value) if isinstance(value, tuple) else value
+            assert stored[key] == value, (name, key)
+        assert set(preset["settings"]) == set(stored["methods"])

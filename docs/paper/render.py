@@ -293,6 +293,7 @@ REMEDIES = (
     "rate over fan-in",
     "bound",
     "relative threshold",
+    "relative threshold, own prior",
 )
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ registry.OPTIMIZERS.update(
         "relative-threshold": _part(
             _RATE | _EPS | {"relative_threshold": Setting(0.1, 1e-2, 3.0)}
         ),
+        "relative-own-prior": _part(
+            _RATE
+            | {
+                "own_prior": Setting(1.0, 1e-1, 1e3),
+                "relative_threshold": Setting(0.1, 1e-2, 3.0),
+            }
+        ),
         "traced-power": _part(_RATE | _EPS | {"power": Setting(1.0, 0.5, 1.5)}),
     }
 )
@@ -182,6 +189,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float]]] = {
     "rate over fan-in": ("rate-fan-in", {}),
     "bound": ("bound", {}),
     "relative threshold": ("relative-threshold", {}),
+    "relative threshold, own prior": ("relative-own-prior", {}),
 }
 
 

@@ -115,7 +115,7 @@ def remedy(
             u = jnp.clip(u, -bound, bound)
         return u / (fan_in if rate_fan_in else 1.0), a
 
-    def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, _State]:
         del params
         leaves, tree = jax.tree.flatten(updates)
         pairs = [
@@ -243,7 +243,7 @@ def study(stream: str, variant: str, data_dir: str | None) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the variants that are not yet in the stream's file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stream", choices=STREAMS)
     parser.add_argument("variant", nargs="*", default=[])
     parser.add_argument("--data-dir")

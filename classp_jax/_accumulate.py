@@ -36,6 +36,7 @@ def scale_by_generalized_adagrad(
     power: Scalar = 1.0,
     eps: Scalar = 1e-5,
     *,
+    prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule = True,
     include_current: bool = True,
     accumulator_dtype: Any = None,
@@ -53,6 +54,15 @@ def scale_by_generalized_adagrad(
     While :math:`A` is small against :math:`\varepsilon` the transform is a constant
     factor :math:`\varepsilon^{-1/p}`.
 
+    ``prior`` is a start without a scale: a weight's accumulator begins as if it had
+    already received ``prior`` gradients of the size of its first one,
+
+    .. math::
+      A_t = c\,|g_t|^p + |g_t|^p \quad \text{where } A_{t-1} = 0 \ne g_t
+
+    so that with :math:`\varepsilon = 0` the first step of every weight has the size
+    :math:`(1 + c)^{-1/p}`, whatever its gradient and whenever it comes.
+
     Numerics. Powers 0.5, 1, 1.5, 2, 3 and 4 given as plain numbers have their own,
     fast forms; others and traced ones use ``jax.numpy.power``. Arithmetic is in
     float32, or in float64 where the gradient or the accumulator is. A gradient of
@@ -67,6 +77,8 @@ def scale_by_generalized_adagrad(
       power: :math:`p > 0`; a number or a scalar array.
       eps: :math:`\varepsilon \ge 0`, in units of :math:`|g|^p`; a number or a scalar
         array.
+      prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with;
+        a number or a scalar array.
       scaling: whether to divide. Off means: go on accumulating and return the gradient
         as it came. A bool, a schedule ``step -> bool`` or a scalar array.
       include_current: whether :math:`A_t` (Algorithm 1 of the paper) or
@@ -81,8 +93,8 @@ def scale_by_generalized_adagrad(
       of the parameters, whatever the arguments.
 
     Raises:
-      ValueError: if ``power <= 0`` or ``eps < 0`` (or NaN, infinite, no scalar), or if
-        the gradients' tree or shapes are not those of the state.
+      ValueError: if ``power <= 0``, ``eps < 0`` or ``prior < 0`` (or NaN, infinite, no
+        scalar), or if the gradients' tree or shapes are not those of the state.
       TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
 
     Example:
@@ -109,6 +121,7 @@ def scale_by_generalized_adagrad(
         lambda g, count: g != 0,
         power,
         eps,
+        prior=prior,
         scaling=scaling,
         include_current=include_current,
         accumulator_dtype=accumulator_dtype,
@@ -120,6 +133,7 @@ def masked_scaling(
     power: Scalar,
     eps: Scalar,
     *,
+    prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule,
     include_current: bool = True,
     accumulator_dtype: Any = None,
@@ -134,6 +148,7 @@ def masked_scaling(
     """
     power = positive("power", power)
     eps = non_negative("eps", eps)
+    prior = non_negative("prior", prior)
     scaling = switch("scaling", scaling)
     accumulator_dtype = float_dtype("accumulator_dtype", accumulator_dtype)
     if not isinstance(include_current, bool):
@@ -162,10 +177,19 @@ def masked_scaling(
         require_same_shapes(updates, state.accumulator)
         scale_now = at_step(scaling, state.count)
 
+        def begun(g: jax.Array, a: jax.Array) -> jax.Array:
+            """The accumulator before this step, with the prior if this is its first."""
+            if isinstance(prior, float) and prior == 0:
+                return a
+            dtype = np.promote_types(working_dtype(g), a.dtype)
+            term = power_of_magnitude(magnitude(g).astype(dtype), power)
+            first = (a == 0) & accept(g, state.count)
+            return jnp.where(first, (cast(prior, dtype) * term).astype(a.dtype), a)
+
         def new_accumulator(g: jax.Array, a: jax.Array) -> jax.Array:
             dtype = np.promote_types(working_dtype(g), a.dtype)
             term = power_of_magnitude(magnitude(g).astype(dtype), power)
-            total = a.astype(dtype) + jnp.where(
+            total = begun(g, a).astype(dtype) + jnp.where(
                 accept(g, state.count), term, jnp.zeros_like(term)
             )
             return total.astype(a.dtype)
@@ -174,7 +198,9 @@ def masked_scaling(
             return scaled(g, a, accept(g, state.count), power, eps, scaling=scale_now)
 
         accumulator = jax.tree.map(new_accumulator, updates, state.accumulator)
-        divisor = accumulator if include_current else state.accumulator
+        divisor = accumulator
+        if not include_current:
+            divisor = jax.tree.map(begun, updates, state.accumulator)
         return jax.tree.map(new_update, updates, divisor), (
             ScaleByGeneralizedAdagradState(
                 count=optax.safe_increment(state.count), accumulator=accumulator

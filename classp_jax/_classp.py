@@ -20,6 +20,7 @@ def classp(
     power: Scalar = 1.0,
     eps: Scalar = 1e-5,
     *,
+    prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,7 +46,9 @@ def classp(
     :math:`\alpha\,\varepsilon^{-1/p}` while its accumulator is small against
     :math:`\varepsilon`, and the size :math:`\alpha` when it is not: with a small
     :math:`\varepsilon` the first step of every weight is :math:`\alpha` whatever its
-    gradient.
+    gradient. ``prior`` says that size directly, without a scale to guess: with
+    ``eps=0`` it is :math:`\alpha\,(1 + c)^{-1/p}` for every weight, also for one whose
+    first accepted gradient comes in a later task.
 
     Under ``optax.inject_hyperparams`` every number becomes traced; name ``power`` in
     its ``static_args`` unless it shall change, as a traced power takes the slow form,
@@ -62,6 +65,7 @@ def classp(
         :func:`mask_by_threshold`; a number, a schedule or a scalar array.
       power: :math:`p > 0`, see :func:`scale_by_generalized_adagrad`.
       eps: :math:`\varepsilon \ge 0`, likewise.
+      prior: :math:`c \ge 0`, likewise.
       scaling: whether to divide; off gives plain SGD on accepted gradients while the
         accumulator fills. A bool, a schedule or a scalar array.
       accumulator_dtype: dtype of the accumulator, by default at least float32.
@@ -108,6 +112,7 @@ def classp(
             lambda g, count: exceeds(g, at_step(threshold, count)),
             power,
             eps,
+            prior=prior,
             scaling=scaling,
             accumulator_dtype=accumulator_dtype,
         ),

@@ -102,6 +102,8 @@ def test_readme_quotes_the_stored_run(digits):
 def paper():
     path = ROOT / "docs/paper/render.py"
     spec = importlib.util.spec_from_file_location("render", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -133,3 +133,37 @@ def test_bad_models(name, shape, message):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="not a multiple of heads 5"):
         make_model("transformer", (30,), 3, vocabulary_size=9, width=64, heads=5)
+
+
+def test_pytorch_s_initialisation():
+    torch = pytest.importorskip("torch")
+    model = make_model("cnn", (28, 28, 1), 10, initialisation="pytorch")
+    params = model.init(jax.random.key(0))
+    with torch.random.fork_rng():
+        theirs = {
+            "first": torch.nn.Conv2d(1, 32, 3),
+            "second": torch.nn.Conv2d(32, 64, 3),
+            "hidden": torch.nn.Linear(9216, 128),
+            "output": torch.nn.Linear(128, 10),
+        }
+    for name, layer in theirs.items():
+        for ours, reference in (("kernel", layer.weight), ("bias", layer.bias)):
+            values = np.asarray(params[name][ours])
+            reference = reference.detach().numpy()
+            assert values.size == reference.size
+            if values.size < 200:
+                continue
+            assert values.std() == pytest.approx(reference.std(), rel=0.15)
+            assert np.abs(values).max() == pytest.approx(
+                np.abs(reference).max(), rel=0.05
+            )
+    first, other = (model.init(jax.random.key(k)) for k in (0, 1))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, params))
+    assert not np.array_equal(first["hidden"]["kernel"], other["hidden"]["kernel"])
+
+
+def test_initialisations_that_cannot_be():
+    with pytest.raises(ValueError, match="unknown initialisation 'torch'"):
+        make_model("mlp", (8, 8, 1), 10, initialisation="torch")
+    with pytest.raises(ValueError, match="for the models 'mlp' and 'cnn'"):
+        make_model("transformer", (30,), 3, vocabulary_size=9, initialisation="pytorch")

@@ -46,6 +46,8 @@ class StreamConfig:
     """Share of the training data kept for validation."""
     model: str = "mlp"
     """Network: mlp, cnn or transformer."""
+    initialisation: Literal["flax", "pytorch"] = "flax"
+    """What the weights of an MLP or a CNN begin as: as Flax or PyTorch would."""
     hidden: tuple[int, ...] = (128, 128)
     """Widths of the MLP's hidden layers."""
     width: int = 64
@@ -395,6 +397,7 @@ def make_network(config: StreamConfig, streams: Sequence[Stream]) -> Model:
         width=config.width,
         heads=config.heads,
         feed_forward=config.feed_forward,
+        initialisation=config.initialisation,
     )
 
 

@@ -1,6 +1,7 @@
 """Flax NNX networks behind a pure ``init`` and ``apply`` pair."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,8 +119,27 @@ class _Transformer(nnx.Module):
         return self.output(mean)
 
 
+def _uniform(params: Params, key: jax.Array) -> Params:
+    """Weights and biases from ``U(-b, b)`` with ``b = 1 / sqrt(fan-in)``."""
+    names = sorted(params)
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    if "kernel" not in params:
+        return {name: _uniform(params[name], keys[name]) for name in names}
+    bound = math.prod(params["kernel"].shape[:-1]) ** -0.5
+    return {
+        name: jax.random.uniform(
+            keys[name], params[name].shape, minval=-bound, maxval=bound
+        )
+        for name in names
+    }
+
+
 def _pure(
-    name: str, make: Callable[[nnx.Rngs], nnx.Module], *, convolutional: bool = False
+    name: str,
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    convolutional: bool = False,
+    initialisation: str = "flax",
 ) -> Model:
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
     graph, state = nnx.split(abstract, nnx.Param)
@@ -127,7 +147,8 @@ def _pure(
 
     def init(key: jax.Array) -> Params:
         _, params = nnx.split(make(nnx.Rngs(params=key)), nnx.Param)
-        return nnx.to_pure_dict(params)
+        params = nnx.to_pure_dict(params)
+        return _uniform(params, key) if initialisation == "pytorch" else params
 
     def apply(params: Params, inputs: jax.Array, key: jax.Array | None) -> jax.Array:
         # NNX's state has the same leaves in the same order as its pure dict.
@@ -145,6 +166,9 @@ MODELS = {
 }
 
 
+INITIALISATIONS = ("flax", "pytorch")
+
+
 def make_model(
     name: str,
     input_shape: Sequence[int],
@@ -155,6 +179,7 @@ def make_model(
     width: int = 64,
     heads: int = 4,
     feed_forward: int = 256,
+    initialisation: str = "flax",
 ) -> Model:
     """A network by its name.
 
@@ -168,6 +193,9 @@ def make_model(
       width: the transformer's width.
       heads: the number of its attention heads.
       feed_forward: the width of its feed-forward layer.
+      initialisation: ``"flax"``, its layers' own (normal with variance 1 / fan-in,
+        biases 0), or ``"pytorch"``, that of PyTorch's layers, for the MLP and the CNN:
+        uniform between +-1 / sqrt(fan-in), biases too, a third of that variance.
 
     Returns:
       A :class:`Model`. Its parameters are float32; inputs are float32 images or int32
@@ -187,6 +215,11 @@ def make_model(
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
+    if initialisation not in INITIALISATIONS:
+        raise ValueError(
+            f"unknown initialisation {initialisation!r}"
+            f"{nearest(initialisation, INITIALISATIONS)}"
+        )
     shape = tuple(input_shape)
     if (name == "transformer") != (len(shape) == 1):
         wanted = "text" if name == "transformer" else "images"
@@ -196,12 +229,21 @@ def make_model(
         for axis in shape:
             size *= axis
         sizes = (size, *hidden, num_classes)
-        return _pure(name, lambda rngs: _MLP(sizes, rngs))
+        return _pure(
+            name, lambda rngs: _MLP(sizes, rngs), initialisation=initialisation
+        )
     if name == "cnn":
         if len(shape) != 3 or min(shape[:2]) < 6:
             raise ValueError(f"model 'cnn' needs images of at least 6x6, got {shape}")
         return _pure(
-            name, lambda rngs: _CNN(shape, num_classes, rngs), convolutional=True
+            name,
+            lambda rngs: _CNN(shape, num_classes, rngs),
+            convolutional=True,
+            initialisation=initialisation,
+        )
+    if initialisation != "flax":
+        raise ValueError(
+            f"initialisation {initialisation!r} is for the models 'mlp' and 'cnn'"
         )
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}")

@@ -605,3 +605,60 @@ def test_bfloat16_gradients_accumulate(make):
     np.testing.assert_allclose(accumulator, 100, rtol=0.01)
     if make is classp_jax.classp:
         assert (last(jnp.bfloat16) < 1).all()
+
+
+@pytest.mark.parametrize("include_current", [True, False])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 1.7, "traced"])
+def test_prior_equals_gradients_received_before(power, include_current):
+    """As if each weight had had ``prior`` gradients of its first one's size."""
+    rng = np.random.default_rng(3)
+    g = rng.normal(size=(6, 40)).astype(np.float32)
+    g[rng.random(g.shape) < 0.4] = 0
+    p, prior, eps = (1.3 if power == "traced" else power), 2.5, 1e-3
+    number = jnp.float32 if power == "traced" else float
+    tx: Any = classp_jax.scale_by_generalized_adagrad(
+        number(p), eps, prior=number(prior), include_current=include_current
+    )
+    state = tx.init(jnp.zeros(40))
+    sums = np.zeros(40)
+    for row in g:
+        term = np.abs(row.astype(np.float64)) ** p
+        sums = np.where(sums == 0, prior * term, sums)
+        divisor = (sums + term if include_current else sums) + eps
+        sums = sums + term
+        updates, state = tx.update(jnp.asarray(row), state)
+        np.testing.assert_allclose(
+            updates, row.astype(np.float64) / divisor ** (1 / p), rtol=2e-5
+        )
+        np.testing.assert_allclose(state.accumulator, sums, rtol=2e-5)
+
+
+def test_prior_bounds_the_first_step_whenever_it_comes():
+    """Also that of a weight which the threshold kept out at first."""
+    optimizer: Any = classp_jax.classp(0.5, threshold=1.0, eps=0.0, prior=4.0)
+    state = optimizer.init(jnp.zeros(3))
+    for g, step in (
+        ([9.0, 0.5, -0.5], [-0.1, 0.0, 0.0]),
+        ([0.0, 30.0, -0.5], [0.0, -0.1, 0.0]),
+        ([0.0, 0.0, -2.0], [0.0, 0.0, 0.1]),
+    ):
+        updates, state = optimizer.update(jnp.asarray(g), state)
+        np.testing.assert_allclose(updates, step, rtol=1e-6)
+
+
+def test_prior_0_is_no_prior():
+    g = jax.random.normal(jax.random.key(0), (4, 50))
+    found = []
+    for prior in (0.0, jnp.float32(0.0)):
+        optimizer: Any = classp_jax.classp(0.5, threshold=0.1, prior=prior)
+        state = optimizer.init(g[0])
+        for row in g:
+            updates, state = optimizer.update(row, state)
+        found.append((updates, state))
+    assert jax.tree.all(jax.tree.map(np.array_equal, *found))
+
+
+@pytest.mark.parametrize("prior", [-1, np.nan, np.inf])
+def test_a_prior_that_cannot_be(prior):
+    with pytest.raises(ValueError, match="prior must be finite and >= 0"):
+        classp_jax.classp(0.1, prior=prior)

@@ -5,6 +5,7 @@ A method's name is one optimizer and any of the additions, joined by ``+``:
 ``scale-later`` on CLASSP.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +71,8 @@ _CLASSP = {
     "power": _POWER,
 }
 
+_SCALED = ("classp", "classp-prior", "classp-published")
+
 OPTIMIZERS: dict[str, Part] = {
     "sgd": Part(
         "stochastic gradient descent",
@@ -93,6 +96,16 @@ OPTIMIZERS: dict[str, Part] = {
         "CLASSP, Algorithm 1 of the paper",
         _CLASSP,
         classp_jax.classp,
+    ),
+    "classp-prior": Part(
+        "CLASSP that bounds a weight's first step by a prior in place of epsilon",
+        {
+            "learning_rate": _CLASSP["learning_rate"],
+            "prior": Setting(3.0, 0.1, 1e3),
+            "threshold": _CLASSP["threshold"],
+            "power": _POWER,
+        },
+        functools.partial(classp_jax.classp, eps=0.0),
     ),
     "classp-density": Part(
         "CLASSP with a share of the weights that may move in place of a threshold",
@@ -249,10 +262,8 @@ def parse_method(name: str) -> Method:
         raise ValueError(f"method {name!r} names additions that do not go together")
     optimizer = "classp" if "scale-later" in additions else "sgd"
     optimizer = optimizers[0] if optimizers else optimizer
-    if "scale-later" in additions and optimizer not in ("classp", "classp-published"):
-        raise ValueError(
-            f"method {name!r}: scale-later goes with classp or classp-published"
-        )
+    if "scale-later" in additions and optimizer not in _SCALED:
+        raise ValueError(f"method {name!r}: scale-later goes with {', '.join(_SCALED)}")
     return Method(name, optimizer, additions)
 
 

@@ -651,7 +651,7 @@ def test_prior_0_is_no_prior():
     found = []
     for prior in (0.0, jnp.float32(0.0)):
         optimizer: Any = classp_jax.classp(0.5, threshold=0.1, prior=prior)
-        state = optimizer.init(g[0])
+        state, updates = optimizer.init(g[0]), g[0]
         for row in g:
             updates, state = optimizer.update(row, state)
         found.append((updates, state))

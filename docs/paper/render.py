@@ -271,6 +271,12 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
     return figure
 
 
+LONGER = {
+    "permuted-mnist": "permuted",
+    "rotated-mnist": "rotated",
+    "split-mnist-task": "split, task-incremental",
+    "split-mnist-class": "split, class-incremental",
+}
 ABLATIONS = (
     "classp",
     "no threshold",

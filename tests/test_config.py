@@ -11,11 +11,13 @@ from classp_jax.continual.config import (
     DEFAULTS,
     ConfigError,
     RunConfig,
+    SweepConfig,
     check,
     make_network,
     make_streams,
     methods_and_settings,
     read_config,
+    training,
     with_options,
 )
 from classp_jax.continual.methods import parse_method
@@ -101,12 +103,43 @@ def test_bad_files(tmp_path, name, text, message):
         ({"seeds": (-1,)}, "seeds must be >= 0"),
         ({"methods": ()}, "methods must be named once"),
         ({"validation_fraction": 1.0}, "validation-fraction must be in"),
+        ({"validation_fraction": -0.1}, r"validation-fraction must be in \[0, 1\)"),
+        ({"until_loss": (0.1, 0.0)}, "until-loss must be > 0"),
+        ({"until_loss": (float("nan"),)}, "until-loss must be > 0"),
+        ({"normalisation": (0.1,)}, "normalisation must be a mean and a deviation"),
+        ({"normalisation": (0.1, 0.0)}, "normalisation must be a mean and a deviation"),
+        ({"normalisation": (0.1, 0.3, 0.2)}, "normalisation must be a mean and"),
         ({"lr": float("nan")}, "lr must be >= 0"),
     ],
 )
 def test_numbers_that_cannot_be(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(RunConfig(), **changes))
+
+
+def test_a_run_needs_no_validation_data_and_a_sweep_does():
+    check(RunConfig(validation_fraction=0.0))
+    with pytest.raises(ConfigError, match=r"validation-fraction must be in \(0, 1\)"):
+        check(SweepConfig(validation_fraction=0.0))
+
+
+def test_training_takes_what_the_configuration_says():
+    options = {
+        "until_loss": [1, 0.5],
+        "order": "stored",
+        "normalisation": [0.1, 0.3],
+        "score-training": True,
+    }
+    config = with_options(RunConfig(), options)
+    check(config)
+    how = training(config)
+    assert how.until_loss == (1.0, 0.5)
+    assert how.order == "stored"
+    assert how.normalisation == (0.1, 0.3)
+    assert how.score_training
+    assert not training(SweepConfig()).score_training
+    with pytest.raises(ConfigError, match="must be one of shuffled, stored"):
+        with_options(RunConfig(), {"order": "sorted"})
 
 
 def test_set_and_lr():

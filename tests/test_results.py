@@ -37,6 +37,7 @@ def make_run(method="classp", seed: Any = 0, **changes: Any):
         told_boundary=False,
         diverged=False,
         settings={"learning_rate": 0.1, "power": 1, "scaling": True, "fisher": "exact"},
+        kept_bytes_per_parameter=4.0,
     )
     return dataclasses.replace(run, **changes)
 
@@ -74,6 +75,41 @@ def test_round_trip_to_the_last_bit(path):
     save(results, path)
     assert load(path) == results
     assert load(path.parent) == results
+
+
+def test_what_came_after_version_0_1_is_kept(path):
+    new = {
+        "kept_bytes_per_parameter": 1 / 3,
+        "steps": [12, 0],
+        "training_accuracy": [0.25, 1 / 7],
+    }
+    save(make_results(make_run(**new)), path)
+    (found,) = load(path).runs
+    for name, value in new.items():
+        assert getattr(found, name) == value
+    save(
+        make_results(
+            make_run(kept_bytes_per_parameter=math.nan, training_accuracy=[math.nan, 1])
+        ),
+        path,
+    )
+    (found,) = load(path).runs
+    assert math.isnan(found.kept_bytes_per_parameter)
+    np.testing.assert_array_equal(found.training_accuracy, [math.nan, 1])
+
+
+def test_a_file_of_version_0_1_still_loads(path):
+    run = make_run(steps=[3, 4], training_accuracy=[0.5, 0.5])
+    save(make_results(run), path)
+    content = json.loads(path.read_text())
+    for name in ("kept_bytes_per_parameter", "steps", "training_accuracy"):
+        del content["runs"][0][name]
+    path.write_text(json.dumps(content))
+    (found,) = load(path).runs
+    assert math.isnan(found.kept_bytes_per_parameter)
+    assert found.steps == found.training_accuracy == []
+    same = {"steps": [3, 4], "training_accuracy": [0.5, 0.5]}
+    assert dataclasses.replace(found, **same, kept_bytes_per_parameter=4.0) == run
 
 
 def test_no_runs(path):
@@ -280,11 +316,18 @@ def put(value, *keys):
     return change
 
 
+NEEDED = [
+    field.name
+    for field in dataclasses.fields(Run)
+    if field.default is field.default_factory is dataclasses.MISSING
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(remove(field.name) for field in dataclasses.fields(Results)),
-        *(remove("runs", 0, field.name) for field in dataclasses.fields(Run)),
+        *(remove("runs", 0, name) for name in NEEDED),
         *(remove("stream", k) for k in ("name", "scenario", "task_names", "task_ends")),
         put([], "stream", "task_names"),
         put(["a"], "stream", "task_names"),
@@ -309,6 +352,15 @@ def put(value, *keys):
         put([0, 1, 2, 2.5], "runs", 0, "curve_steps"),
         put("1 s", "runs", 0, "seconds"),
         put({"eps": None}, "runs", 0, "settings"),
+        put(-1, "runs", 0, "kept_bytes_per_parameter"),
+        put("4", "runs", 0, "kept_bytes_per_parameter"),
+        put(3, "runs", 0, "steps"),
+        put([3], "runs", 0, "steps"),
+        put([3, 2.5], "runs", 0, "steps"),
+        put([3, -1], "runs", 0, "steps"),
+        put([0.5], "runs", 0, "training_accuracy"),
+        put([0.5, 1.5], "runs", 0, "training_accuracy"),
+        put([0.5, "1"], "runs", 0, "training_accuracy"),
     ],
 )
 def test_a_wrong_field(path, change):

@@ -139,9 +139,27 @@ def test_cuts_are_stratified_and_keep_the_order(labels, fraction, seed):
         assert abs(np.sum(y[held] == label) - share) < 1 + 1e-9
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan"), "a"])
+@pytest.mark.parametrize("fraction", [1, -0.1, float("nan"), "a", None])
 def test_a_validation_fraction_that_leaves_nothing_is_refused(fraction):
     refused("digits", "validation_fraction must be", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.0])
+def test_without_validation_all_is_for_training(fraction):
+    source = load_source("digits", validation_fraction=fraction, seed=1)
+    check_source(source)
+    usual = load_source("digits", seed=1)
+    assert [len(part.y) for part in splits(source)] == [1438, 0, 359]
+    np.testing.assert_array_equal(source.test.x, usual.test.x)
+    assert source.validation.x.dtype == np.uint8
+    assert source.validation.x.shape == (0, 8, 8, 1)
+    assert sorted(keys(source.train)) == sorted(
+        keys(usual.train) + keys(usual.validation)
+    )
+
+
+def test_a_fraction_too_small_for_one_example_is_refused():
+    refused("digits", "validation part: is empty", validation_fraction=1e-4)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, True, None])

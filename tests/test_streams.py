@@ -521,6 +521,44 @@ def test_a_task_without_examples_in_a_part_is_refused():
     refused("split, .*, validation part: is empty", "split", [poor], num_tasks=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("permuted", "digits"),
+        ("rotated", "digits"),
+        ("split", "digits"),
+        ("sequence", "digits"),
+        ("sequence", "texts"),
+    ],
+)
+def test_without_validation_a_stream_is_the_same_but_for_that_part(
+    name, source, tmp_path
+):
+    if source == "texts":
+        lines = [f"{i % 2}\tword{i % 7} number {i}" for i in range(40)]
+        (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n")
+        source = f"tsv:{tmp_path}/texts.tsv"
+    stream = make_stream(
+        name, [load_source(source, validation_fraction=0)], num_tasks=2
+    )
+    usual = make_stream(name, [load_source(source)], num_tasks=2)
+    for task, other in zip(stream.tasks, usual.tasks, strict=True):
+        held = len(other.validation.y)
+        assert held > 0
+        assert len(task.validation.x) == len(task.validation.y) == 0
+        assert task.validation.x.shape[1:] == task.train.x.shape[1:]
+        assert len(task.train.y) == len(other.train.y) + held
+        np.testing.assert_array_equal(task.test.y, other.test.y)
+
+
+def test_arrays_without_validation():
+    data = arrays()
+    (task,) = stream_from_arrays([data], validation_fraction=0).tasks
+    assert len(task.validation.y) == 0
+    np.testing.assert_array_equal(task.train.x, data[0])
+    np.testing.assert_array_equal(task.train.y, data[1])
+
+
 # Arrays.
 
 

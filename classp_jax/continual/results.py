@@ -339,6 +339,20 @@ def _decode_run(run: Any, num_tasks: int, where: str) -> Run:
     settings = _get(run, "settings", dict, where)
     if not all(isinstance(s, float | int | str) for s in settings.values()):
         raise ResultsError(f"{where}: settings must be numbers, bools or texts.")
+    # Files of version 0.1 do not have these.
+    run = {
+        "kept_bytes_per_parameter": None,
+        "steps": [],
+        "training_accuracy": [],
+        **run,
+    }
+    taken = _get(run, "steps", list, where)
+    if len(taken) not in (0, num_tasks) or not all(map(_is_count, taken)):
+        raise ResultsError(f"{where}: steps must be {num_tasks} step counts or none.")
+    in_training = _get(run, "training_accuracy", list, where)
+    if in_training:
+        row = {"training_accuracy": [in_training]}
+        (in_training,) = _accuracies(row, "training_accuracy", 1, num_tasks, where)
     return Run(
         method=_get(run, "method", str, where),
         seed=_get(run, "seed", int, where),
@@ -351,17 +365,9 @@ def _decode_run(run: Any, num_tasks: int, where: str) -> Run:
         told_boundary=_get(run, "told_boundary", bool, where),
         diverged=_get(run, "diverged", bool, where),
         settings=settings,
-        # Files of version 0.1 do not have the rest.
-        kept_bytes_per_parameter=_number(
-            {"kept_bytes_per_parameter": None, **run}, "kept_bytes_per_parameter", where
-        ),
-        steps=_get({"steps": [], **run}, "steps", list, where),
-        training_accuracy=[
-            math.nan if a is None else a
-            for a in _get(
-                {"training_accuracy": [], **run}, "training_accuracy", list, where
-            )
-        ],
+        kept_bytes_per_parameter=_number(run, "kept_bytes_per_parameter", where),
+        steps=taken,
+        training_accuracy=in_training,
     )
 
 
@@ -390,11 +396,14 @@ def _number(table: dict[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _ascending(steps: list[Any]) -> bool:
-    return all(
-        isinstance(step, int) and not isinstance(step, bool) and step >= 0
-        for step in steps
-    ) and all(a < b for a, b in itertools.pairwise(steps))
+    return all(map(_is_count, steps)) and all(
+        a < b for a, b in itertools.pairwise(steps)
+    )
 
 
 def _accuracies(

@@ -403,6 +403,8 @@ def _source(name: str, parts: _Parts, validation_fraction: float, seed: int) -> 
     train, validation = hold_out(
         train, validation_fraction, generator(seed, VALIDATION_KEY)
     )
+    if validation_fraction > 0 and len(train.y) and not len(validation.y):
+        raise SourceError(f"{name}, validation part: is empty.")
     source = Source(name, parts.kind, train, validation, test, parts.class_names)
     check_source(source)
     return source

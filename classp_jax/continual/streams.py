@@ -181,8 +181,9 @@ def make_stream(
         for k, task in enumerate(tasks)
     ]
     with _sources_errors_as_ours():
+        validated = any(len(source.validation.y) for source in sources)
         for task in tasks:
-            _check_task(name, task)
+            _check_task(name, task, validated=validated)
     kind, words = sources[0].kind, 0
     if name == "permuted":
         tasks = _permuted(tasks, seed)
@@ -273,7 +274,7 @@ def stream_from_arrays(
             rng = generator(seed, VALIDATION_KEY, k)
             rest, validation = hold_out(train, validation_fraction, rng)
             made.append(Task(task, rest, validation, test, classes))
-            _check_task(name, made[-1])
+            _check_task(name, made[-1], validated=validation_fraction > 0)
     _check_same_shape([(f"{name}, {task.name}", task) for task in made])
     tokens = made[0].train.x.ndim == 2
     words = 1 + max(int(x.max()) for task in made for x in _xs(task)) if tokens else 0
@@ -300,11 +301,14 @@ def _xs(task: Task) -> tuple[np.ndarray, ...]:
     return task.train.x, task.validation.x, task.test.x
 
 
-def _check_task(stream: str, task: Task) -> None:
-    """Every part has examples, with labels inside the head."""
+def _check_task(stream: str, task: Task, *, validated: bool) -> None:
+    """Every part has examples, with labels inside the head.
+
+    Without validation the validation part may be empty, in every task.
+    """
     for part in ("train", "validation", "test"):
         where = f"{stream}, {task.name}, {part} part"
-        if part == "validation" and not len(task.validation.y):
+        if part == "validation" and not (validated or len(task.validation.y)):
             continue
         check_split(where, getattr(task, part), len(task.classes))
 
@@ -420,7 +424,7 @@ def _permuted(tasks: Sequence[Task], seed: int) -> list[Task]:
         order = generator(seed, _PERMUTATION_KEY, k).permutation(height * width)
 
         def view(x: np.ndarray, order: np.ndarray = order) -> np.ndarray:
-            pixels = x.reshape(len(x), height * width, -1)
+            pixels = x.reshape(len(x), height * width, x.shape[-1])
             return np.take(pixels, order, axis=1).reshape(x.shape)
 
         made.append(_with_x(task, f"permutation {k}", view))

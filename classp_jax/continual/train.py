@@ -105,7 +105,7 @@ def _compile(functions: Functions, *, together: bool, loop: bool) -> _Compiled:
         reset=jax.jit(lift(functions.reset, (0, 0))),
         other_init=jax.jit(lift(functions.other_init, (0,))),
         other_step=jax.jit(lift(functions.other_step, (0, *step_axes))),
-        consolidate_other=jax.jit(lift(functions.consolidate_other, (0, 0, None))),
+        consolidate_other=jax.jit(lift(functions.consolidate_other, (0, 0, 0))),
     )
 
 
@@ -448,15 +448,12 @@ def _train_together(
                 if stop % one_pass == 0:
                     active &= ~(np.ravel(last) < target)
             if method.as_published and k == 0 and stop == one_pass:
+                # Each seed has its own number of examples.
+                examples = jnp.asarray(lengths, jnp.float32)[seed_index]
+                now = (learner, hyper, seed_index, data, order)
+                _consolidated_as_published(compiled, now, examples, 1)  # Compiles.
                 began = time.perf_counter()
-                other = compiled.other_init(learner)
-                for i in range(one_pass):
-                    other = compiled.other_step(
-                        other, learner, hyper, seed_index, data, order, np.int32(i)
-                    )
-                learner = jax.block_until_ready(
-                    compiled.consolidate_other(learner, other, np.float32(lengths[0]))
-                )
+                learner = _consolidated_as_published(compiled, now, examples, one_pass)
                 seconds += time.perf_counter() - began
             done += stop - start
             if stop not in points:
@@ -563,6 +560,17 @@ def _bytes_that_differ(state: Any, fresh: Any, num_runs: int) -> np.ndarray:
             differ = np.asarray(a != b).reshape(num_runs, -1).any(axis=1)
             total += differ * (a.nbytes / num_runs)
     return total
+
+
+def _consolidated_as_published(
+    compiled: _Compiled, now: tuple[Any, ...], examples: jax.Array, steps: int
+) -> Learner:
+    """The learner with the Fisher and the anchor of another network's first pass."""
+    learner = now[0]
+    other = compiled.other_init(learner)
+    for i in range(steps):
+        other = compiled.other_step(other, *now, np.int32(i))
+    return jax.block_until_ready(compiled.consolidate_other(learner, other, examples))
 
 
 def _warm_up(

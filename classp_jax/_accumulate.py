@@ -34,7 +34,7 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
 
 def scale_by_generalized_adagrad(
     power: Scalar = 1.0,
-    eps: Scalar = 1e-5,
+    eps: Scalar = 0.1,
     *,
     prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule = True,

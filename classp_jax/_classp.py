@@ -18,7 +18,7 @@ def classp(
     learning_rate: ScalarOrSchedule,
     threshold: ScalarOrSchedule = 0.0,
     power: Scalar = 1.0,
-    eps: Scalar = 1e-5,
+    eps: Scalar = 0.1,
     *,
     prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule = True,

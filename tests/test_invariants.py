@@ -44,13 +44,18 @@ CASES = {
         classp_jax.mask_to_density, {"per_leaf": False}, density=0.6, rate=0.1
     ),
     "scale_by_generalized_adagrad": _case(
-        classp_jax.scale_by_generalized_adagrad, power=1.5, eps=1e-3, scaling=True
+        classp_jax.scale_by_generalized_adagrad,
+        power=1.5,
+        eps=1e-3,
+        prior=0.5,
+        scaling=True,
     ),
     "scale_excluding_current": _case(
         classp_jax.scale_by_generalized_adagrad,
         {"include_current": False},
         power=2.0,
         eps=0.1,
+        prior=0.5,
         scaling=True,
     ),
     **{
@@ -60,6 +65,7 @@ CASES = {
             threshold=threshold,
             power=power,
             eps=1e-2,
+            prior=0.5,
             scaling=True,
         )
         for power, threshold in ((1.0, 0.0), (1.7, 1e-4), (3.0, 1e-4))
@@ -478,7 +484,7 @@ def test_the_state_never_depends_on_a_hyperparameters_value(case: Case):
         variants += [{name: other}, {name: jnp.asarray(other)}]
         if name in SCHEDULABLE:
             variants.append({name: lambda step, other=other: jnp.asarray(other)})
-        if name in ("threshold", "eps"):
+        if name in ("threshold", "eps", "prior"):
             variants.append({name: 0.0})
         if name == "power":
             variants += [{name: power} for power in (0.5, 1, 1.5, 2, 2.2, 3, 4)]

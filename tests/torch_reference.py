@@ -25,7 +25,7 @@ class Classp(torch.optim.Optimizer):
         lr: float,
         threshold: float = 0.0,
         power: float = 1.0,
-        eps: float = 1e-5,
+        eps: float = 0.1,
         scaling: bool = True,
     ):
         defaults = {

@@ -223,6 +223,37 @@ def var_mean(stream: str, variant: str, key: str = "average") -> float:
     return float(100 * np.mean(study(stream)[variant][key]))
 
 
+BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
+
+
+def best_by_epsilon(name: str) -> list[float]:
+    """CLASSP's best validation accuracy in each range of epsilon, in %."""
+    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+    found = [
+        [t["accuracy"] for t in tries["classp"] if low <= t["settings"]["eps"] < high]
+        for low, high in BUCKETS
+    ]
+    return [100 * max(accuracies, default=np.nan) for accuracies in found]
+
+
+def epsilons(names: Sequence[str]) -> str:
+    """A table of :func:`best_by_epsilon`, and what each range loses at worst."""
+    header = ["Stream", "ε < 1e-4", "1e-4 to 0.01", "0.01 to 0.3", "0.3 and more"]
+    found = {name: best_by_epsilon(name) for name in names}
+    rows = [
+        [f"`{name}`", *("-" if np.isnan(v) else f"{v:.1f}" for v in row)]
+        for name, row in found.items()
+    ]
+    worst = [f"{v:.1f}" for v in worst_loss(names)]
+    return table(header, [*rows, ["largest loss against the stream's best", *worst]])
+
+
+def worst_loss(names: Sequence[str]) -> np.ndarray:
+    """Over streams, the most that each range of epsilon loses against the best."""
+    rows = np.array([best_by_epsilon(name) for name in names])
+    return np.nanmax(np.nanmax(rows, axis=1, keepdims=True) - rows, axis=0)
+
+
 def made(name: str) -> str:
     """Seeds, date and device of stored results."""
     found = results(name)

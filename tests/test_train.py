@@ -304,7 +304,7 @@ def weights(monkeypatch):
     correct = train_module._correct
 
     def spy(params, *args, **kwargs):
-        seen.append(jax.tree.map(np.asarray, params))
+        seen.append(jax.tree.map(np.array, params))
         return correct(params, *args, **kwargs)
 
     monkeypatch.setattr(train_module, "_correct", spy)

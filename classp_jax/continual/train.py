@@ -446,7 +446,8 @@ def _train_together(
                 finite &= np.isfinite(np.ravel(losses)) | ~active
                 taken[active, k] += stop - start
                 if stop % one_pass == 0:
-                    active &= ~(np.ravel(last) < target)
+                    # Not in place: _where may still be reading the old array.
+                    active = active & ~(np.ravel(last) < target)
             if method.as_published and k == 0 and stop == one_pass:
                 # Each seed has its own number of examples.
                 examples = jnp.asarray(lengths, jnp.float32)[seed_index]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from classp_jax.continual.metrics import average_accuracy
 from classp_jax.continual.results import Results, Run, load
 
 FOLDER = pathlib.Path(__file__).parent
@@ -43,28 +42,28 @@ def of(name: str, method: str) -> list[Run]:
 
 
 def values(name: str, method: str, what: str | int = "average") -> np.ndarray:
-    """One number a seed, in %: the average, or a task's accuracy, at the end."""
-    if any(run.diverged for run in of(name, method)):
-        return np.full(len(of(name, method)), np.nan)
+    """One number a seed, in %: the average, or a task's accuracy, at the end.
+
+    NaN for a seed that diverged.
+    """
     rows = [run.matrix[-1] for run in of(name, method)]
-    if what == "average":
-        return 100 * np.array(
-            [average_accuracy(run.matrix) for run in of(name, method)]
-        )
-    if what == "learned":
-        # Of joint training only the last row is there, the upper bound itself.
-        return 100 * np.array([run.matrix[-1][-1] for run in of(name, method)])
-    return 100 * np.array([row[int(what)] for row in rows])
+    chosen = [np.mean(row) if what == "average" else row[int(what)] for row in rows]
+    diverged = [run.diverged for run in of(name, method)]
+    return np.where(diverged, np.nan, 100 * np.array(chosen, float))
 
 
 def spread(numbers: Sequence[float] | np.ndarray) -> str:
-    """Mean and sample standard deviation."""
+    """Mean and sample standard deviation; of a seed that diverged, that it did."""
     numbers = np.asarray(numbers, float)
-    if np.isnan(numbers).any():
+    known = numbers[~np.isnan(numbers)]
+    if not len(known):
         return "diverged"
-    if len(numbers) == 1:
-        return f"{numbers[0]:.1f}"
-    return f"{numbers.mean():.1f} ± {numbers.std(ddof=1):.1f}"
+    text = f"{known.mean():.1f}"
+    if len(known) > 1:
+        text += f" ± {known.std(ddof=1):.1f}"
+    if len(known) < len(numbers):
+        text += f" ({len(numbers) - len(known)} of {len(numbers)} seeds diverged)"
+    return text
 
 
 def acc(name: str, method: str, what: str | int = "average") -> str:
@@ -246,6 +245,17 @@ def epsilons(names: Sequence[str]) -> str:
     ]
     worst = [f"{v:.1f}" for v in worst_loss(names)]
     return table(header, [*rows, ["largest loss against the stream's best", *worst]])
+
+
+def chance() -> str:
+    """How well CLASSP's tries with a small epsilon and a usual rate do on the CNN."""
+    tries = json.loads((FOLDER / "mnist-fashion/tries.json").read_text("utf-8"))
+    found = [
+        100 * t["accuracy"]
+        for t in tries["classp"]
+        if t["settings"]["eps"] < 0.01 and t["settings"]["learning_rate"] > 0.01
+    ]
+    return f"{min(found):.1f} to {max(found):.1f} %"
 
 
 def worst_loss(names: Sequence[str]) -> np.ndarray:

@@ -52,6 +52,11 @@ def values(name: str, method: str, what: str | int = "average") -> np.ndarray:
     return np.where(diverged, np.nan, 100 * np.array(chosen, float))
 
 
+def diverged(name: str, method: str) -> int:
+    """How many seeds diverged."""
+    return sum(run.diverged for run in of(name, method))
+
+
 def spread(numbers: Sequence[float] | np.ndarray) -> str:
     """Mean and sample standard deviation; of a seed that diverged, that it did."""
     numbers = np.asarray(numbers, float)

@@ -269,6 +269,30 @@ def worst_loss(names: Sequence[str]) -> np.ndarray:
     return np.nanmax(np.nanmax(rows, axis=1, keepdims=True) - rows, axis=0)
 
 
+def gap(variant: str) -> float:
+    """How much less a variant of the ablations has than CLASSP without a threshold."""
+    stream = "permuted-digits"
+    return var_mean(stream, "no threshold") - var_mean(stream, variant)
+
+
+def best_try(name: str, method: str) -> str:
+    """The best validation accuracy of a method's tries, in %."""
+    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+    return f"{100 * max(t['accuracy'] for t in tries[method]):.1f}"
+
+
+def lost_tries(name: str, method: str) -> str:
+    """How many of a method's tries diverged."""
+    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+    return f"{sum(t['accuracy'] == 0 for t in tries[method])} of {len(tries[method])}"
+
+
+def prior_of(name: str) -> str:
+    """The settings that CLASSP with a prior ran with."""
+    found = of(name, "classp-prior")[0].settings
+    return f"learning rate {found['learning_rate']:.2g}, prior {found['prior']:.2g}"
+
+
 def made(name: str) -> str:
     """Seeds, date and device of stored results."""
     found = results(name)
@@ -288,9 +312,11 @@ def render(template: str) -> str:
 
 def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
     """Accuracy on the first and on the last task, a point a variant."""
-    figure = Figure(figsize=(5.2 * len(streams), 4.6), layout="constrained")
+    figure = Figure(figsize=(7 * len(streams), 5), layout="constrained")
     markers = "osD^v<>Phd*X"
-    for stream, axes in zip(streams, figure.subplots(1, len(streams)), strict=True):
+    for stream, axes in zip(
+        streams, figure.subplots(1, len(streams), squeeze=False)[0], strict=True
+    ):
         for i, variant in enumerate(chosen):
             if variant not in study(stream):
                 continue
@@ -318,6 +344,7 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
 
 
 LONGER = {
+    "mnist-fashion-mlp": "MNIST → Fashion-MNIST, MLP",
     "permuted-mnist": "permuted",
     "rotated-mnist": "rotated",
     "split-mnist-task": "split, task-incremental",
@@ -350,6 +377,6 @@ REMEDIES = (
 
 if __name__ == "__main__":
     PAGE.write_text(render(TEMPLATE.read_text(encoding="utf-8")), encoding="utf-8")
-    picture(("permuted-digits", "mnist-fashion-mlp"), ABLATIONS).savefig(
+    picture(("permuted-digits",), ABLATIONS).savefig(
         FOLDER / "ablations.png", dpi=110, metadata={"Software": None}
     )

@@ -156,3 +156,12 @@ def test_stored_results_come_from_the_presets(paper):
             value = list(value) if isinstance(value, tuple) else value
             assert stored[key] == value, (name, key)
         assert set(preset["settings"]) == set(stored["methods"])
+
+
+def test_readme_quotes_the_paper_s_results(paper):
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for method in ("classp", "adagrad", "adam", "sgd", "replay"):
+        assert f"{paper.acc('mnist-fashion', method)} % for `{method}`" in readme
+    for what in (0, 1):
+        score = paper.spread(paper.as_scripts("scale-later+classp-published", what))
+        assert f"{score} %" in readme

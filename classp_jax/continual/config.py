@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import tomllib
 import typing
@@ -276,15 +277,19 @@ def check(config: StreamConfig) -> None:
     for name in ("seeds", "tuning_seeds"):
         if min(getattr(config, name, (0,))) < 0:
             raise ConfigError(f"{name.replace('_', '-')} must be >= 0")
-    least, words = (0, "[0, 1)") if isinstance(config, RunConfig) else (1e-9, "(0, 1)")
-    if not least <= config.validation_fraction < 1:
+    words = "[0, 1)" if isinstance(config, RunConfig) else "(0, 1)"
+    none_held_out = config.validation_fraction == 0 and isinstance(config, RunConfig)
+    if not (none_held_out or 0 < config.validation_fraction < 1):
         raise ConfigError(
             f"validation-fraction must be in {words}: {config.validation_fraction}"
         )
     if config.until_loss and not min(config.until_loss) > 0:
         raise ConfigError(f"until-loss must be > 0: {config.until_loss}")
     if len(config.normalisation) not in (0, 2) or (
-        config.normalisation and not config.normalisation[1] > 0
+        config.normalisation
+        and not (
+            math.isfinite(sum(config.normalisation)) and config.normalisation[1] > 0
+        )
     ):
         raise ConfigError(
             f"normalisation must be a mean and a deviation > 0: {config.normalisation}"

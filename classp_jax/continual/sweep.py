@@ -145,7 +145,8 @@ def sweep(
     )
     streams = make_streams(config, config.tuning_seeds)
     model = make_network(config, streams)
-    how = training(config, evaluate_on="validation")._replace(points_per_task=1)
+    how = training(config, evaluate_on="validation")
+    how = how._replace(points_per_task=1, score_training=False)
     out.mkdir(parents=True, exist_ok=True)
     tries: dict[str, list[Try]] = {}
     for method in methods:

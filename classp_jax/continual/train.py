@@ -543,11 +543,9 @@ def _where(chosen: np.ndarray, new: Any, old: Any) -> Any:
     """New leaves for the chosen runs, old ones for the others."""
 
     def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-        along = (
-            chosen.reshape(chosen.shape + (1,) * (a.ndim - 1))
-            if a.ndim
-            else (chosen[0])
-        )
+        # Of a run that is alone, some leaves are scalars.
+        shape = chosen.shape + (1,) * (a.ndim - 1) if a.ndim else ()
+        along = chosen.reshape(shape)
         return jnp.where(along, a, b)
 
     return jax.tree.map(leaf, new, old)

@@ -76,11 +76,6 @@ def acc(name: str, method: str, what: str | int = "average") -> str:
     return spread(values(name, method, what))
 
 
-def mean(name: str, method: str, what: str | int = "average") -> float:
-    """The mean of an accuracy in %."""
-    return float(values(name, method, what).mean())
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns but the first are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -175,22 +170,6 @@ def memory(name: str) -> str:
     )
 
 
-def settings(name: str) -> str:
-    """The settings that each method ran with."""
-    return table(
-        ["Method", "Settings"],
-        (
-            [
-                f"`{method}`",
-                ", ".join(
-                    f"{k} {v:.3g}" for k, v in of(name, method)[0].settings.items()
-                ),
-            ]
-            for method in methods(name)
-        ),
-    )
-
-
 def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
     """A table of the study: every variant on every stream."""
     titles = {
@@ -230,11 +209,17 @@ def var_mean(stream: str, variant: str, key: str = "average") -> float:
 BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
 
 
+@functools.cache
+def tries(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The stored tries of a preset's sweep, by method."""
+    return json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+
+
 def best_by_epsilon(name: str) -> list[float]:
     """CLASSP's best validation accuracy in each range of epsilon, in %."""
-    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+    made = tries(name)["classp"]
     found = [
-        [t["accuracy"] for t in tries["classp"] if low <= t["settings"]["eps"] < high]
+        [t["accuracy"] for t in made if low <= t["settings"]["eps"] < high]
         for low, high in BUCKETS
     ]
     return [100 * max(accuracies, default=np.nan) for accuracies in found]
@@ -254,10 +239,9 @@ def epsilons(names: Sequence[str]) -> str:
 
 def chance() -> str:
     """How well CLASSP's tries with a small epsilon and a usual rate do on the CNN."""
-    tries = json.loads((FOLDER / "mnist-fashion/tries.json").read_text("utf-8"))
     found = [
         100 * t["accuracy"]
-        for t in tries["classp"]
+        for t in tries("mnist-fashion")["classp"]
         if t["settings"]["eps"] < 0.01 and t["settings"]["learning_rate"] > 0.01
     ]
     return f"{min(found):.1f} to {max(found):.1f} %"
@@ -277,27 +261,19 @@ def gap(variant: str) -> float:
 
 def best_try(name: str, method: str) -> str:
     """The best validation accuracy of a method's tries, in %."""
-    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
-    return f"{100 * max(t['accuracy'] for t in tries[method]):.1f}"
+    return f"{100 * max(t['accuracy'] for t in tries(name)[method]):.1f}"
 
 
 def lost_tries(name: str, method: str) -> str:
     """How many of a method's tries diverged."""
-    tries = json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
-    return f"{sum(t['accuracy'] == 0 for t in tries[method])} of {len(tries[method])}"
+    made = tries(name)[method]
+    return f"{sum(t['accuracy'] == 0 for t in made)} of {len(made)}"
 
 
 def prior_of(name: str) -> str:
     """The settings that CLASSP with a prior ran with."""
     found = of(name, "classp-prior")[0].settings
     return f"learning rate {found['learning_rate']:.2g}, prior {found['prior']:.2g}"
-
-
-def made(name: str) -> str:
-    """Seeds, date and device of stored results."""
-    found = results(name)
-    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in found.runs}))
-    return f"seeds {seeds}; {found.date}; {found.device}"
 
 
 def render(template: str) -> str:

@@ -62,7 +62,10 @@ def checked(
         return value
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be {kinds} ({allowed}), got {value!r}.")
-    if isinstance(value, numbers.Real):
+    # ml_dtypes' scalars, such as bfloat16's, are numpy's but no numbers.Real.
+    if isinstance(value, numbers.Real) or (
+        isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
+    ):
         number = float(value)
         if not math.isfinite(number) or not accepts(number):
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
@@ -84,6 +87,24 @@ def non_negative(name: str, value: Any, *, schedule: bool = False) -> Any:
 def positive(name: str, value: Any) -> Any:
     """A finite number above 0."""
     return checked(name, value, "finite and > 0", lambda x: x > 0)
+
+
+def window_length(value: Any) -> Any:
+    """A number of steps of at least 1, or None for no window."""
+    if value is None:
+        return None
+    return checked(
+        "window", value, "finite and >= 1, or None", lambda x: x >= 1, schedule=True
+    )
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """One of a few names (or None)."""
+    if value not in allowed:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}."
+        )
+    return value
 
 
 def switch(name: str, value: Any) -> Any:

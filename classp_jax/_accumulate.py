@@ -8,6 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from classp_jax._arrays import (
+    float_arrays,
+    magnitude,
+    require_same_shapes,
+    working_dtype,
+)
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -18,9 +24,7 @@ from classp_jax._hyperparams import (
     positive,
     switch,
 )
-from classp_jax._masks import magnitude, working_dtype
 from classp_jax._powers import divide_by_root, power_of_magnitude
-from classp_jax._trees import float_arrays, require_same_shapes
 
 
 class ScaleByGeneralizedAdagradState(NamedTuple):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._accumulate import ScaleByGeneralizedAdagradState, scaled
+from classp_jax._arrays import float_arrays, magnitude, require_same_shapes
 from classp_jax._classp import constant_or_schedule
 from classp_jax._hyperparams import (
     Scalar,
@@ -18,8 +19,6 @@ from classp_jax._hyperparams import (
     positive,
     switch,
 )
-from classp_jax._masks import magnitude
-from classp_jax._trees import float_arrays, require_same_shapes
 
 
 def classp_published(

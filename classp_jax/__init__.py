@@ -5,6 +5,8 @@ from classp_jax._accumulate import (
     scale_by_generalized_adagrad,
 )
 from classp_jax._classp import classp
+from classp_jax._hyperparams import inject_hyperparams
+from classp_jax._importance import accumulate_importance
 from classp_jax._inspect import free_fraction, mean_accumulator, update_density
 from classp_jax._masks import (
     MaskByThresholdState,
@@ -12,7 +14,7 @@ from classp_jax._masks import (
     mask_by_threshold,
     mask_to_density,
 )
-from classp_jax._protect import accumulate_importance
+from classp_jax._protect import ProtectState, protect
 from classp_jax._published import classp_published
 
 __version__ = "0.1.0"
@@ -20,14 +22,17 @@ __version__ = "0.1.0"
 __all__ = [
     "MaskByThresholdState",
     "MaskToDensityState",
+    "ProtectState",
     "ScaleByGeneralizedAdagradState",
     "accumulate_importance",
     "classp",
     "classp_published",
     "free_fraction",
+    "inject_hyperparams",
     "mask_by_threshold",
     "mask_to_density",
     "mean_accumulator",
+    "protect",
     "scale_by_generalized_adagrad",
     "update_density",
 ]

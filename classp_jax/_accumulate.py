@@ -10,8 +10,10 @@ import optax
 
 from classp_jax._arrays import (
     float_arrays,
+    kept,
     magnitude,
     require_same_shapes,
+    wide_zeros,
     working_dtype,
 )
 from classp_jax._hyperparams import (
@@ -210,10 +212,7 @@ class Accumulation(NamedTuple):
         params = float_arrays(params, "parameter")
         return ScaleByGeneralizedAdagradState(
             count=jnp.zeros([], jnp.int32),
-            accumulator=jax.tree.map(
-                lambda w: jnp.zeros_like(w, dtype=self.dtype or working_dtype(w)),
-                params,
-            ),
+            accumulator=wide_zeros(params, self.dtype),
             mean_square=jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
         )
 
@@ -275,11 +274,6 @@ class Accumulation(NamedTuple):
         root = jnp.sqrt(jnp.where(missing, jnp.ones_like(corrected), corrected))
         eps = cast(self.eps, jnp.float32) * power_of_magnitude(root, self.power)
         return [*jnp.where(missing, jnp.full_like(eps, unknown), eps)]
-
-
-def kept(accepted: Any, x: jax.Array) -> jax.Array:
-    """``x`` where accepted, else 0; ``accepted`` may be the bool True."""
-    return x if accepted is True else jnp.where(accepted, x, jnp.zeros_like(x))
 
 
 def _mean_square(g: jax.Array, accepted: Any) -> jax.Array:

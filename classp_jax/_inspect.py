@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._accumulate import ScaleByGeneralizedAdagradState
-from classp_jax._trees import path_name
+from classp_jax._arrays import path_name
 
 
 @overload

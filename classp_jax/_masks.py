@@ -7,6 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from classp_jax._arrays import (
+    float_arrays,
+    kept,
+    magnitude,
+    require_same_tree,
+    working_dtype,
+)
 from classp_jax._hyperparams import (
     ScalarOrSchedule,
     at_step,
@@ -14,7 +21,6 @@ from classp_jax._hyperparams import (
     non_negative,
     positive,
 )
-from classp_jax._trees import float_arrays, require_same_tree
 
 
 class MaskByThresholdState(NamedTuple):
@@ -33,17 +39,6 @@ class MaskToDensityState(NamedTuple):
     """A tree like the parameters, of float32 scalars: the log of the threshold on
     ``|g|^2``. One value stands in every leaf if the mask is over the whole tree.
     Minus infinity until the first gradients that are not all 0."""
-
-
-def working_dtype(g: jax.Array) -> Any:
-    """The real dtype to compute in: the gradient's, float32 if that is narrower."""
-    # Numpy's, which promotes in JAX's strict mode too.
-    return np.promote_types(jnp.finfo(g.dtype).dtype, np.float32)
-
-
-def magnitude(g: jax.Array) -> jax.Array:
-    """``|g|``, real, in the working dtype."""
-    return jnp.abs(g).astype(working_dtype(g))
 
 
 def passes(g: jax.Array, threshold: Any) -> Any:

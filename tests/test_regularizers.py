@@ -620,7 +620,7 @@ def test_bad_trees_are_refused(method: str):
     with pytest.raises(ValueError, match="parameters do not have the tree"):
         consolidate(state, params["bias"], fisher)
     for bad in (jnp.ones(3, jnp.int32), jnp.ones(3, jnp.complex64)):
-        with pytest.raises(TypeError, match="need real floating-point leaves"):
+        with pytest.raises(TypeError, match="real floating-point leaves are needed"):
             tx.init({"w": bad})
 
 

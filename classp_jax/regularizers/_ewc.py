@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from classp_jax._arrays import copied, float_arrays, wide_zeros
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -14,13 +15,10 @@ from classp_jax._hyperparams import (
     non_negative,
 )
 from classp_jax.regularizers._penalty import (
-    copied,
     hyperparameter_array,
     matched,
     pulled,
-    require_real_leaves,
     required,
-    zeros,
 )
 
 
@@ -113,8 +111,10 @@ def ewc(strength: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     strength = non_negative("strength", strength, schedule=True)
 
     def init_fn(params: optax.Params) -> EWCState:
-        require_real_leaves(params, "parameter")
-        return EWCState(jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+        params = float_arrays(params, "parameter", real=True)
+        return EWCState(
+            jnp.zeros([], jnp.int32), wide_zeros(params), wide_zeros(params)
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -194,12 +194,12 @@ def online_ewc(
     decay = checked("decay", decay, "in [0, 1]", lambda x: 0 <= x <= 1)
 
     def init_fn(params: optax.Params) -> OnlineEWCState:
-        require_real_leaves(params, "parameter")
+        params = float_arrays(params, "parameter", real=True)
         return OnlineEWCState(
             jnp.zeros([], jnp.int32),
             hyperparameter_array(decay),
-            zeros(params),
-            zeros(params),
+            wide_zeros(params),
+            wide_zeros(params),
         )
 
     def update_fn(

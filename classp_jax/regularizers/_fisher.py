@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from classp_jax.regularizers._penalty import require_real_leaves, wide_dtype, zeros
+from classp_jax._arrays import float_arrays, wide_zeros, working_dtype
 
 _KINDS = ("exact", "sampled", "empirical")
 
@@ -109,7 +109,7 @@ def fisher_diagonal(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if kind == "sampled" and key is None:
         raise ValueError("key is needed for kind='sampled', got None.")
-    require_real_leaves(params, "parameter")
+    params = float_arrays(params, "parameter", real=True)
     x = jax.tree.map(jnp.asarray, x)
     examples = _number_of_examples(x)
     num_classes = _number_of_classes(logits_fn, params, x)
@@ -120,7 +120,9 @@ def fisher_diagonal(
 
     terms = examples * (num_classes if kind == "exact" else 1)
     lanes = min(int(batch_size), terms)
-    sums = jax.tree.map(lambda w: jnp.zeros((lanes, *w.shape), w.dtype), zeros(params))
+    sums = jax.tree.map(
+        lambda w: jnp.zeros((lanes, *w.shape), w.dtype), wide_zeros(params)
+    )
     step = functools.partial(_add_squares, logits_fn, kind)
     # The lanes sum on their own: a sum over them in each step would write every
     # gradient to memory first, which takes many times as long on a CPU.
@@ -168,7 +170,7 @@ def _add_squares(
         n = term // classes_each
         example = jax.tree.map(lambda leaf: leaf[n][None], x)
         logits, vjp = jax.vjp(lambda params: logits_fn(params, example)[0], params)
-        wide = logits.astype(wide_dtype(logits))
+        wide = logits.astype(working_dtype(logits))
         wide = jnp.where(classes, wide, -jnp.inf)
         p = jax.nn.softmax(wide)
         if kind == "exact":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from classp_jax._arrays import copied, float_arrays, wide_zeros
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -14,13 +15,10 @@ from classp_jax._hyperparams import (
     positive,
 )
 from classp_jax.regularizers._penalty import (
-    copied,
     hyperparameter_array,
     matched,
     pulled,
-    require_real_leaves,
     required,
-    zeros,
 )
 
 
@@ -120,15 +118,15 @@ def si(
     damping = positive("damping", damping)
 
     def init_fn(params: optax.Params) -> SIState:
-        require_real_leaves(params, "parameter")
-        nothing = zeros(params)
+        params = float_arrays(params, "parameter", real=True)
+        nothing = wide_zeros(params)
         return SIState(
             count=jnp.zeros([], jnp.int32),
             damping=hyperparameter_array(damping),
-            importance=zeros(params),
+            importance=wide_zeros(params),
             anchor=copied(params, nothing),
-            path_integral=zeros(params),
-            previous_gradient=zeros(params),
+            path_integral=wide_zeros(params),
+            previous_gradient=wide_zeros(params),
             previous_params=copied(params, nothing),
         )
 
@@ -180,8 +178,8 @@ def consolidate_si(state: SIState, params: Any) -> SIState:
     return state._replace(
         importance=jax.tree.map(raised, state.importance, path, state.anchor, params),
         anchor=copied(params, state.anchor),
-        path_integral=zeros(params),
+        path_integral=wide_zeros(params),
         # No step is pending any more, also if the weights are changed between tasks.
-        previous_gradient=zeros(params),
+        previous_gradient=wide_zeros(params),
         previous_params=copied(params, state.anchor),
     )

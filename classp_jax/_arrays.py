@@ -1,0 +1,100 @@
+"""Arrays and trees of them: dtypes, paths, and checks that name the leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def path_name(path: Any) -> str:
+    """A leaf's place in its tree, such as ``encoder/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def working_dtype(leaf: Any) -> np.dtype:
+    """The real dtype to compute in: the leaf's, float32 if that is narrower."""
+    # NumPy's promotion, which works in JAX's strict mode too.
+    return np.promote_types(jnp.finfo(jnp.result_type(leaf)).dtype, np.float32)
+
+
+def magnitude(g: jax.Array) -> jax.Array:
+    """``|g|``, real, in the working dtype."""
+    return jnp.abs(g).astype(working_dtype(g))
+
+
+def kept(accepted: Any, x: jax.Array) -> jax.Array:
+    """``x`` where accepted, else 0; ``accepted`` may be the bool True."""
+    return x if accepted is True else jnp.where(accepted, x, jnp.zeros_like(x))
+
+
+def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
+    """The tree with every leaf as a JAX array.
+
+    Raises TypeError, with the leaf's path, unless all are of floats (complex ones too,
+    unless ``real``).
+    """
+    kind = jnp.floating if real else jnp.inexact
+    needed = "real floating-point" if real else "floating-point"
+
+    def checked(path: Any, leaf: Any) -> Any:
+        try:
+            dtype = jnp.result_type(leaf)
+            accepted = jnp.issubdtype(dtype, kind)
+        except TypeError:  # strings, functions, objects
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            accepted = False
+        if not accepted:
+            raise TypeError(
+                f"{what} leaf '{path_name(path)}' is of type {dtype}; {needed} leaves "
+                "are needed. Keep others out of the optimizer with optax.masked or "
+                "optax.partition."
+            )
+        # A ShapeDtypeStruct, which init may be given, is not to become an array.
+        is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        return leaf if is_array else jnp.asarray(leaf, dtype)
+
+    return jax.tree_util.tree_map_with_path(checked, tree)
+
+
+def wide_zeros(tree: Any, dtype: Any = None) -> Any:
+    """Zeros of the leaves' shapes, in ``dtype`` or by default the working dtype."""
+    return jax.tree.map(
+        lambda w: jnp.zeros_like(w, dtype=dtype or working_dtype(w)), tree
+    )
+
+
+def copied(tree: Any, like: Any) -> Any:
+    """The tree in the dtypes of ``like``, in memory of its own.
+
+    A state that shared a buffer with the parameters could not be donated with them.
+    """
+    return jax.tree.map(
+        lambda leaf, r: jnp.array(leaf, dtype=r.dtype, copy=True), tree, like
+    )
+
+
+def require_same_tree(tree: Any, reference: Any, what: str = "gradients") -> None:
+    """Raises ValueError unless the tree is that of a part of the state."""
+    expected, found = jax.tree.structure(reference), jax.tree.structure(tree)
+    if expected != found:
+        raise ValueError(
+            f"The {what} do not have the tree that the optimizer state was "
+            f"initialised for. State: {expected}. Found: {found}."
+        )
+
+
+def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> None:
+    """Raises ValueError unless tree and shapes are those of a part of the state."""
+    require_same_tree(tree, reference, what)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(tree),
+        jax.tree.leaves(reference),
+        strict=True,
+    )
+    for (path, leaf), r in pairs:
+        if jnp.shape(leaf) != jnp.shape(r):
+            raise ValueError(
+                f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
+                f"the optimizer state was initialised for shape {jnp.shape(r)}."
+            )

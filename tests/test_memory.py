@@ -1,6 +1,5 @@
 """Memory traffic and memory of the compiled step, as XLA counts them; no clock."""
 
-import sys
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import optax
 import pytest
 
 import classp_jax
-from classp_jax import benchmark
 
 STATIC_POWERS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 BYTES_PER_PARAMETER = 28
@@ -110,29 +108,3 @@ def test_the_masks_keep_scalars_only():
     ):
         state = jax.tree.leaves(jax.eval_shape(tx.init, params))
         assert [leaf.ndim for leaf in state] == [0] * scalars
-
-
-def test_the_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("torch")
-    # optax.adam mixes dtypes.
-    with jax.numpy_dtype_promotion("standard"):
-        benchmark.report(leaves=2, parameters=2000, rounds=1)
-    table = capsys.readouterr().out
-    rows = [*benchmark.optimizers(), "torch, Algorithm 1, power 1"]
-    rows += ["torch.optim.Adagrad, foreach", "torch.optim.Adagrad, fused"]
-    for row in rows:
-        assert f"\n{row} " in table
-    assert "left out" not in table
-
-
-def test_the_benchmark_says_that_torch_is_missing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    adagrad = {"optax.adagrad": optax.adagrad(0.1)}
-    monkeypatch.setattr(benchmark, "optimizers", lambda: adagrad)
-    benchmark.report(leaves=2, parameters=2000, rounds=1)
-    table = capsys.readouterr().out
-    assert "\noptax.adagrad " in table
-    assert "torch." not in table
-    assert "PyTorch is not installed" in table

@@ -1,0 +1,236 @@
+"""Whole training steps of large decoders, compiled for slices of TPUs; none is run.
+
+``python benchmarks/scale.py`` compiles what ``docs/scale.json`` lacks (extra
+``tpu-compiler``; minutes a step, and it may be stopped and started again) and writes
+the table of ``docs/scale.md``; ``--page`` only writes the table.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ahead
+import decoder
+import jax
+import jax.numpy as jnp
+import optax
+import page
+from jax.sharding import NamedSharding, PartitionSpec
+
+import classp_jax
+from classp_jax import regularizers
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "scale.json"
+MODELS = ("1B", "7B")
+SLICES = (
+    "v5e:2x4",
+    "v5e:8x8",
+    "v5e:16x16",
+    "v5p:2x2x2",
+    "v5p:4x4x4",
+    "v5p:4x8x8",
+)
+# Whole steps take minutes to compile each: what says most comes first.
+STEPS = (
+    ("7B", "v5e:2x4"),
+    ("7B", "v5p:4x4x4"),
+    ("1B", "v5e:2x4"),
+    ("7B", "v5p:4x8x8"),
+    ("7B", "v5e:8x8"),
+    ("7B", "v5e:16x16"),
+    ("1B", "v5p:2x2x2"),
+)
+BASELINE = "sgd"
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    """Every contestant by name, the baseline first."""
+    classp, adamw = classp_jax.classp(0.1), optax.adamw(1e-3)
+    return {
+        BASELINE: optax.sgd(0.1),
+        "classp": classp,
+        "adamw": adamw,
+        "protect(adamw)": classp_jax.protect(adamw),
+        "ewc, classp": optax.chain(regularizers.ewc(1.0), classp),
+        "adagrad": optax.adagrad(0.1),
+    }
+
+
+def work() -> Iterator[tuple[str, str, str, str]]:
+    """What is to be compiled, what says most first: part, model, slice, optimizer."""
+    for place in (("update", "7B", slice_) for slice_ in SLICES):
+        yield from ((*place, name) for name in optimizers())
+    for place in STEPS:
+        yield from (("step", *place, name) for name in optimizers())
+    for place in (("update", "1B", slice_) for slice_ in SLICES):
+        yield from ((*place, name) for name in optimizers())
+
+
+def compiled(part: str, model: str, slice_: str, name: str) -> Any:
+    """A compiled ``step`` (loss, gradients, update), or its ``update`` alone.
+
+    Parameters and state are donated.
+    """
+    size, chips = decoder.SIZES[model], ahead.mesh(f"tpu:{slice_}")
+    loss = decoder.loss_function(size, chips)
+    params = decoder.parameters(size)
+    shardings = decoder.shardings(chips, params)
+    tx = optimizers()[name]
+
+    def update(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(params, tokens)
+        return *update(params, state, gradients), value
+
+    state = jax.eval_shape(tx.init, params)
+    tokens = jax.ShapeDtypeStruct(
+        (chips.size, size.tokens),
+        jnp.int32,
+        sharding=NamedSharding(chips, PartitionSpec(ahead.AXIS)),
+    )
+    params, state = ahead.placed((params, state), params, shardings, chips)
+    function, last = (step, tokens) if part == "step" else (update, params)
+    return jax.jit(function, donate_argnums=(0, 1)).lower(params, state, last).compile()
+
+
+def measure(part: str, model: str, slice_: str, name: str) -> dict[str, Any]:
+    """One cell: bytes a chip and collectives, or that it does not fit."""
+    start = time.perf_counter()
+    cell: dict[str, Any] = {
+        "part": part,
+        "model": model,
+        "slice": slice_,
+        "optimizer": name,
+    }
+    try:
+        module = compiled(part, model, slice_, name)
+        memory = module.memory_analysis()
+        cell |= {
+            "arguments": memory.argument_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "collectives": _collectives(module),
+        }
+    except jax.errors.JaxRuntimeError as error:
+        if "Ran out of memory" not in str(error):
+            raise
+        print(error)
+        (used, there) = re.findall(r"Used (\S+) of (\S+) hbm", str(error))[0]
+        cell |= {"needs": used, "has": there}
+    seconds = round(time.perf_counter() - start)
+    return cell | ahead.provenance() | {"seconds to compile": seconds}
+
+
+def _collectives(module: Any) -> dict[str, int] | None:
+    """The module's collectives; None where JAX cannot read what libtpu made."""
+    try:
+        return ahead.collectives(module)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def load() -> list[dict[str, Any]]:
+    """The stored cells."""
+    if not RESULTS.exists():
+        return []
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def chips(slice_: str) -> str:
+    """A slice in words, such as ``8 v5e``."""
+    kind, _, shape = slice_.partition(":")
+    return f"{math.prod(int(n) for n in shape.split('x'))} {kind}"
+
+
+def tables(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables of ``docs/scale.md``."""
+    found = {
+        tuple(cell[key] for key in ("part", "model", "slice", "optimizer")): cell
+        for cell in cells
+    }
+    places = list(itertools.product(MODELS, SLICES))
+    steps = []
+    for model, slice_ in places:
+        for name in optimizers():
+            cell = found.get(("step", model, slice_, name))
+            if cell is None:
+                continue
+            row = [model, chips(slice_), f"`{name}`"]
+            if "needs" in cell:
+                steps.append([*row, f"does not fit: {cell['needs']}", "", ""])
+                continue
+            baseline = found.get(("step", model, slice_, BASELINE), {})
+            row += [_gib(cell[key]) for key in ("arguments", "temporary")]
+            steps.append([*row, _added(cell, baseline)])
+    updates = [
+        [model, chips(slice_)]
+        + [
+            _gib(found["update", model, slice_, name]["arguments"])
+            for name in optimizers()
+        ]
+        + [
+            _gib(max(f["temporary"] for f in of)),
+            str(sum(sum(f["collectives"].values()) for f in of)),
+        ]
+        for model, slice_ in places
+        if (
+            of := [
+                found["update", model, slice_, name]
+                for name in optimizers()
+                if ("update", model, slice_, name) in found
+            ]
+        )
+    ]
+    names = [f"`{name}`" for name in optimizers()]
+    return {
+        "updates": page.table(
+            ["model", "chips", *names, "temporary", "collectives"], updates, words=2
+        ),
+        "steps": page.table(
+            ["model", "chips", "optimizer", "arguments", "temporary", "added"],
+            steps,
+            words=3,
+        ),
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _added(cell: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """The collectives that the baseline's step does not have."""
+    here, there = cell["collectives"], baseline.get("collectives")
+    if here is None or there is None:
+        return "-"
+    more = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in {**here, **there}}
+    return ", ".join(f"{n:+d} {kind}" for kind, n in more.items() if n) or "0"
+
+
+def main() -> None:
+    """Compiles what is missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", action="store_true", help="only write the tables")
+    only_page = parser.parse_args().page
+    cells = load()
+    done = {(c["part"], c["model"], c["slice"], c["optimizer"]) for c in cells}
+    for place in work():
+        if only_page or place in done:
+            continue
+        cells.append(measure(*place))
+        RESULTS.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+        print(cells[-1], flush=True)
+    page.write(DOCS / "scale.md", tables(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -83,8 +83,8 @@ def scale_by_generalized_adagrad(
     gets no gradient becomes free again: its accumulator falls by the factor e in N
     steps.
 
-    **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of this
-    network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the leaf's
+    **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of
+    this network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the leaf's
     own root mean square gradient :math:`s`, with ``"tree"`` of that of all leaves
     together:
 
@@ -123,9 +123,9 @@ def scale_by_generalized_adagrad(
 
     Args:
       power: :math:`p > 0`, how fast a weight slows down; a number or a scalar array.
-      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a weight
-        slows down, in units of :math:`|g|^p` or as ``eps_unit`` says; a number or a
-        scalar array.
+      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a
+        weight slows down, in units of :math:`|g|^p` or as ``eps_unit`` says; a number
+        or a scalar array.
       prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with;
         a number or a scalar array.
       window: :math:`N \ge 1`, the number of steps that are remembered, or None for

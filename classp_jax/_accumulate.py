@@ -29,7 +29,7 @@ from classp_jax._hyperparams import (
     window_length,
 )
 from classp_jax._powers import divide_by_root, power_of_magnitude
-from classp_jax._rounding import stored
+from classp_jax._rounding import stored_sum
 
 # The share of a step in the moving average of the squared gradient is 1 minus this.
 _DECAY = 0.99
@@ -83,8 +83,8 @@ def scale_by_generalized_adagrad(
     gets no gradient becomes free again: its accumulator falls by the factor e in N
     steps.
 
-    **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of this
-    network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the leaf's
+    **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of
+    this network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the leaf's
     own root mean square gradient :math:`s`, with ``"tree"`` of that of all leaves
     together:
 
@@ -96,8 +96,9 @@ def scale_by_generalized_adagrad(
     The unit is that of the steps before, so that the gradient is not read once more
     before the step. In the very first step, and until a leaf has had a nonzero
     gradient, there is no unit and nothing moves; the accumulators fill. The mean is
-    over the whole leaf, however it is sharded under ``jit``; masked gradients count as
-    0. Gradients whose squares leave float32 (below 1e-19, above 1e19) have no unit.
+    over the whole leaf, however it is sharded under ``jit``, and in :func:`classp` over
+    masked gradients, too. Gradients whose squares leave float32 (below 1e-19, above
+    1e19) have no unit.
 
     **A prior** is a start without a scale: a weight's accumulator begins as if it had
     already received ``prior`` gradients of the size of its first one,
@@ -122,9 +123,9 @@ def scale_by_generalized_adagrad(
 
     Args:
       power: :math:`p > 0`, how fast a weight slows down; a number or a scalar array.
-      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a weight
-        slows down, in units of :math:`|g|^p` or as ``eps_unit`` says; a number or a
-        scalar array.
+      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a
+        weight slows down, in units of :math:`|g|^p` or as ``eps_unit`` says; a number
+        or a scalar array.
       prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with;
         a number or a scalar array.
       window: :math:`N \ge 1`, the number of steps that are remembered, or None for
@@ -227,15 +228,16 @@ class Accumulation(NamedTuple):
         before, after = [], []
         for i, (g, a, moves) in enumerate(zip(gradients, old, accepted, strict=True)):
             dtype = np.promote_types(working_dtype(g), a.dtype)
-            size = magnitude(g).astype(dtype)
-            term = kept(moves, power_of_magnitude(size, self.power))
-            total = self._before(a.astype(dtype), term, state.count)
-            before.append(total)
-            after.append(stored(total + term, a.dtype, state.count, i))
+            # Masked before the power, as behind a mask of its own: the same roundings.
+            size = kept(moves, magnitude(g).astype(dtype))
+            term = power_of_magnitude(size, self.power)
+            start = self._before(a.astype(dtype), term, state.count)
+            before.append(start)
+            after.append(stored_sum(start, term, a.dtype, state.count, i))
         mean_square = jnp.asarray(state.mean_square)
         if self.eps_unit is not None:
-            means = map(_mean_square, gradients, accepted)
-            now = jnp.stack([*means]) if gradients else mean_square
+            means = [_mean_square(g) for g in gradients]
+            now = jnp.stack(means) if means else mean_square
             mean_square = mean_square + (1 - _DECAY) * (now - mean_square)
         return ScaleByGeneralizedAdagradState(
             optax.safe_increment(state.count), tree.unflatten(after), mean_square
@@ -276,9 +278,15 @@ class Accumulation(NamedTuple):
         return [*jnp.where(missing, jnp.full_like(eps, unknown), eps)]
 
 
-def _mean_square(g: jax.Array, accepted: Any) -> jax.Array:
-    squares = jnp.square(kept(accepted, magnitude(g)).astype(jnp.float32))
-    return jnp.sum(squares * (1 / max(g.size, 1)))
+def _mean_square(g: jax.Array) -> jax.Array:
+    share = 1 / max(g.size, 1)
+
+    def total(x: jax.Array) -> jax.Array:
+        # In this order, and not of |g|: XLA would write an array that is needed twice.
+        x = x.astype(jnp.float32)
+        return jnp.sum((x * share) * x)
+
+    return total(g.real) + total(g.imag) if jnp.iscomplexobj(g) else total(g)
 
 
 def masked_scaling(

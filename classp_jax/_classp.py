@@ -60,8 +60,8 @@ def classp(
         to move, see :func:`mask_by_threshold`; a number, a schedule or a scalar array.
       power: :math:`p > 0`, how fast a weight slows down; 1 keeps old tasks best. As all
         the following see :func:`scale_by_generalized_adagrad`.
-      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a weight
-        slows down. Choose it as carefully as the learning rate.
+      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a
+        weight slows down. Choose it as carefully as the learning rate.
       prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with.
       window: the number of steps that are remembered; None for all.
       eps_unit: what epsilon is measured in: None for units of :math:`|g|^p`, ``"leaf"``

@@ -49,5 +49,6 @@ def accumulate_importance(
       >>> print(classp_jax.free_fraction(state))
       0.5
     """
-    _, state = tx.update(gradients, state, params)
+    tx = optax.with_extra_args_support(tx)
+    _, state = tx.update(gradients, state, params, accumulate_importance=True)
     return state

@@ -131,9 +131,7 @@ def mask_by_threshold(
         del params, extra_args
         updates = float_arrays(updates, "gradient")
         tau = at_step(threshold, state.count)
-        updates = jax.tree.map(
-            lambda g: kept(passes(g, tau), g), updates
-        )
+        updates = jax.tree.map(lambda g: kept(passes(g, tau), g), updates)
         return updates, MaskByThresholdState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -73,8 +73,9 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
         if power == 4.0:
             return g / jnp.sqrt(jnp.sqrt(base))
     # Half of the root, twice: the whole of it may leave the range where the result
-    # does not.
+    # does not. Bounded, as a g of 0 times infinity would be NaN.
     half = jnp.power(base, -0.5 / cast(power, base.dtype))
+    half = jnp.minimum(half, jnp.asarray(jnp.finfo(half.dtype).max, half.dtype))
     return g * half * half
 
 

@@ -49,8 +49,8 @@ def protect(
       A_t = A_{t-1} + |g_t|^p, \qquad
       w_t = w_{t-1} + \left( \frac{\varepsilon}{\varepsilon + A_t} \right)^{1/p} u_t
 
-    :math:`A` sums the *raw* gradients :math:`g_t`, as ``protect`` receives them, and not
-    the updates: Adam's are all of about one size, and would fill every accumulator
+    :math:`A` sums the *raw* gradients :math:`g_t`, as ``protect`` receives them, and
+    not the updates: Adam's are all of about one size, and would fill every accumulator
     alike. So put ``protect`` outermost, gradient clipping and accumulation
     (``optax.MultiSteps``) around it. ``protect(optax.sgd(alpha), eps=eps)`` is
     :func:`classp` with the learning rate :math:`\alpha\,\varepsilon^{1/p}`.
@@ -66,8 +66,8 @@ def protect(
       inner: the optimizer to brake, any gradient transformation.
       power: :math:`p > 0`, how fast a weight slows down; a number or a scalar array. As
         the next four see :func:`scale_by_generalized_adagrad`.
-      eps: :math:`\varepsilon > 0`, the accumulated gradient at which a weight moves half
-        as far (at ``power=1``).
+      eps: :math:`\varepsilon > 0`, the accumulated gradient at which a weight moves
+        half as far (at ``power=1``).
       prior: the number of gradients that an accumulator begins with.
       window: the number of steps that are remembered; None for all.
       eps_unit: what epsilon is measured in: None, ``"leaf"`` or ``"tree"``.

@@ -28,11 +28,11 @@ def l2_to_anchor(
     .. math::
       u \leftarrow u + \rho\, (w - w_0),
 
-    the gradient of :math:`\frac{\rho}{2} \|w - w_0\|^2`: weight decay, but to an anchor.
-    (To 0 it is ``optax.add_decayed_weights``.) Inside :func:`classp_jax.protect` it is weak where a
-    weight has received many gradients and strong where it has not:
-    ``protect(optax.chain(l2_to_anchor(rho), optax.sgd(alpha)), eps=eps, window=n)``
-    steps by
+    the gradient of :math:`\frac{\rho}{2} \|w - w_0\|^2`: weight decay, but to an
+    anchor. (To 0 it is ``optax.add_decayed_weights``.) Inside
+    :func:`classp_jax.protect` it is weak where a weight has received many gradients and
+    strong where it has not: ``protect(optax.chain(l2_to_anchor(rho),
+    optax.sgd(alpha)), eps=eps, window=n)`` steps by
 
     .. math::
       w \leftarrow w - \alpha\, \varepsilon\,
@@ -41,14 +41,14 @@ def l2_to_anchor(
     at ``power=1``, so that weights no longer in use return to where they can learn
     again. This is the form that Bayesian gradient descent with forgetting has, where
     :math:`1/(\varepsilon + A)` is the variance of a weight and :math:`w_0` the prior's
-    mean. In front of :func:`classp_jax.classp` the pull would count as a gradient and fill the
-    accumulators.
+    mean. In front of :func:`classp_jax.classp` the pull would count as a gradient and
+    fill the accumulators.
 
     Args:
       strength: :math:`\rho \ge 0`, how strong the pull is; a number, a schedule
         ``step -> value`` or a scalar array.
-      anchor: :math:`w_0`, a tree like the parameters; by default the parameters that the
-        state is initialised with.
+      anchor: :math:`w_0`, a tree like the parameters; by default the parameters that
+        the state is initialised with.
 
     Returns:
       A transform whose updates have their shapes and dtypes; its update needs

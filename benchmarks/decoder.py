@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ahead import AXIS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-AXIS = "chips"
 
 
 class Size(NamedTuple):

@@ -152,44 +152,28 @@ def chips(slice_: str) -> str:
 
 
 def tables(cells: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables of ``docs/scale.md``."""
-    found = {
-        tuple(cell[key] for key in ("part", "model", "slice", "optimizer")): cell
-        for cell in cells
-    }
-    places = list(itertools.product(MODELS, SLICES))
-    steps = []
-    for model, slice_ in places:
-        for name in optimizers():
-            cell = found.get(("step", model, slice_, name))
-            if cell is None:
-                continue
-            row = [model, chips(slice_), f"`{name}`"]
-            if "needs" in cell:
-                steps.append([*row, f"does not fit: {cell['needs']}", "", ""])
-                continue
-            baseline = found.get(("step", model, slice_, BASELINE), {})
-            row += [_gib(cell[key]) for key in ("arguments", "temporary")]
-            steps.append([*row, _added(cell, baseline)])
-    updates = [
-        [model, chips(slice_)]
-        + [
-            _gib(found["update", model, slice_, name]["arguments"])
-            for name in optimizers()
-        ]
-        + [
-            _gib(max(f["temporary"] for f in of)),
-            str(sum(sum(f["collectives"].values()) for f in of)),
-        ]
-        for model, slice_ in places
-        if (
-            of := [
-                found["update", model, slice_, name]
-                for name in optimizers()
-                if ("update", model, slice_, name) in found
-            ]
-        )
-    ]
+    """The tables of ``docs/scale.md``; what is not compiled yet is left out."""
+    found = {(cell["part"], cell["model"], cell["slice"]): {} for cell in cells}
+    for cell in cells:
+        place = (cell["part"], cell["model"], cell["slice"])
+        found[place][cell["optimizer"]] = cell
+    updates, steps = [], []
+    for model, slice_ in itertools.product(MODELS, SLICES):
+        if of := found.get(("update", model, slice_)):
+            updates.append(
+                [model, chips(slice_)]
+                + [
+                    _gib(of[name]["arguments"]) if name in of else ""
+                    for name in optimizers()
+                ]
+                + [_gib(max(cell["temporary"] for cell in of.values()))]
+                + [str(sum(sum(cell["collectives"].values()) for cell in of.values()))]
+            )
+        of = found.get(("step", model, slice_), {})
+        for name in (name for name in optimizers() if name in of):
+            steps.append(
+                [model, chips(slice_), f"`{name}`", *_step(of[name], of.get(BASELINE))]
+            )
     names = [f"`{name}`" for name in optimizers()]
     return {
         "updates": page.table(
@@ -203,17 +187,23 @@ def tables(cells: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+def _step(cell: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
+    if "needs" in cell:
+        return [f"does not fit: {cell['needs']} of {cell['has']}", "", ""]
+    added = _added(cell["collectives"], (baseline or {}).get("collectives"))
+    return [_gib(cell["arguments"]), _gib(cell["temporary"]), added]
 
 
-def _added(cell: dict[str, Any], baseline: dict[str, Any]) -> str:
+def _added(here: dict[str, int] | None, there: dict[str, int] | None) -> str:
     """The collectives that the baseline's step does not have."""
-    here, there = cell["collectives"], baseline.get("collectives")
     if here is None or there is None:
         return "-"
     more = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in {**here, **there}}
     return ", ".join(f"{n:+d} {kind}" for kind, n in more.items() if n) or "0"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def main() -> None:

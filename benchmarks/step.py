@@ -119,11 +119,11 @@ def compiled_for(
     target: str,
     tx: optax.GradientTransformation,
     shape: tuple[int, int],
-    dtype: Any = jnp.float32,
 ) -> Any:
     """The compiled step on leaves of a shape, cut into one piece for each chip."""
     chips = ahead.mesh(target)
-    params = {f"leaf {i}": jax.ShapeDtypeStruct(shape, dtype) for i in range(LEAVES)}
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {f"leaf {i}": leaf for i in range(LEAVES)}
     cut = NamedSharding(chips, PartitionSpec(ahead.AXIS))
     shardings = jax.tree.map(lambda _: cut, params)
     arguments = (params, jax.eval_shape(tx.init, params), params)

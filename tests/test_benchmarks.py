@@ -8,7 +8,6 @@ import types
 import ahead
 import decoder
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import page
@@ -203,28 +202,23 @@ def test_no_optimizer_adds_a_collective_to_a_step():
             assert cell["temporary"] < 2**20, cell
 
 
-def test_a_decoder_cut_in_two_learns_as_a_whole_one():
+def test_a_decoder_cut_in_two_has_the_loss_of_a_whole_one():
     size = decoder.Size(2, 32, 64, 2, 64, 16)
-    keys = iter(jax.random.split(jax.random.key(0), 16))
+    rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: 0.05 * jax.random.normal(next(keys), x.shape),
+        lambda x: 0.1 * rng.standard_normal(x.shape, np.float32),
         decoder.parameters(size),
     )
-    tokens = jax.random.randint(next(keys), (2, size.tokens), 0, size.vocabulary)
+    tokens = rng.integers(size.vocabulary, size=(2, size.tokens), dtype=np.int32)
 
-    def value_and_gradients(chips: int):
+    def loss(chips: int) -> float:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:chips]), (ahead.AXIS,))
-        loss = decoder.loss_function(size, mesh)
         placed = jax.device_put(params, decoder.shardings(mesh, params))
         # jax.nn.dot_product_attention mixes dtypes.
         with jax.numpy_dtype_promotion("standard"):
-            return jax.device_get(jax.jit(jax.value_and_grad(loss))(placed, tokens))
+            return float(jax.jit(decoder.loss_function(size, mesh))(placed, tokens))
 
-    (whole, expected), (cut, found) = value_and_gradients(1), value_and_gradients(2)
     # Close to guessing among all tokens at first.
+    whole = loss(1)
     assert whole == pytest.approx(np.log(size.vocabulary), abs=0.3)
-    assert cut == pytest.approx(whole, rel=1e-3)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == jnp.float32
-        scale = np.abs(b).max()
-        np.testing.assert_allclose(a / scale, b / scale, atol=0.05)
+    assert loss(2) == pytest.approx(whole, rel=1e-3)

@@ -84,9 +84,9 @@ def scale_by_generalized_adagrad(
     steps.
 
     **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of
-    this network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the leaf's
-    own root mean square gradient :math:`s`, with ``"tree"`` of that of all leaves
-    together:
+    this network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the
+    leaf's own root mean square gradient :math:`s`, with ``"tree"`` of that of all
+    leaves together:
 
     .. math::
       u_t = \frac{g_t}{(\varepsilon\, s_{t-1}^p + A_t)^{1/p}}, \qquad

@@ -77,7 +77,7 @@ def sparse(key: jax.Array, step: jax.Array) -> jax.Array:
 # Holding a density.
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_holds_the_density_whatever_the_scale_does(name, noise):
     def gradient(key: jax.Array, step: jax.Array) -> jax.Array:
@@ -114,8 +114,9 @@ def regimes(key: jax.Array, step: jax.Array, size: int) -> jax.Array:
     return factor * jnp.where(kind == 0, 1.0, kind)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-@pytest.mark.parametrize("size", [1, 2, 7, 200])
+@pytest.mark.parametrize(
+    ("size", "rate"), [(1, 0.1), (2, 0.5), (7, 0.1), (200, 0.1), (200, 0.5)]
+)
 def test_the_number_of_moves_is_within_its_bounds_at_any_step(size, rate):
     """Whatever comes: ties, outliers, a single weight, another scale every step."""
     gradient = regimes_of(size)

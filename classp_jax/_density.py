@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from classp_jax._hyperparams import ScalarOrSchedule, at_step, checked, positive
+from classp_jax._hyperparams import (
+    Scalar,
+    ScalarOrSchedule,
+    at_step,
+    checked,
+    positive,
+)
 from classp_jax._masks import magnitude, working_dtype
 from classp_jax._trees import float_arrays, require_same_tree
 
@@ -35,7 +41,7 @@ def mask_to_density(
     density: ScalarOrSchedule,
     *,
     per_leaf: bool = True,
-    rate: float = 0.1,
+    rate: Scalar = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the larger gradients, such that a given share of the weights moves.
 

@@ -410,7 +410,7 @@ def test_a_schedule_that_begins_at_1():
     seen, _ = shares(normal, wanted[None], 250)
     seen = np.asarray(seen)[0]
     np.testing.assert_array_equal(seen[:50], 1)
-    np.testing.assert_allclose(seen[55:150], wanted[55:150], rtol=0.3)
+    np.testing.assert_allclose(seen[55:150], wanted[55:150], rtol=0.4)
     assert seen[160:].mean() == pytest.approx(0.1, rel=0.05)
 
 
@@ -429,7 +429,7 @@ def test_derivatives_are_those_of_the_mask(per_leaf):
 
     def moved(g: jax.Array, density: jax.Array, rate: jax.Array) -> jax.Array:
         tx: Any = classp_jax.mask_to_density(density, rate=rate, per_leaf=per_leaf)
-        state = tx.init(g)
+        updates, state = g, tx.init(g)
         for _ in range(3):
             updates, state = tx.update(g, state)
         return jnp.sum(updates) + state.level
@@ -452,13 +452,15 @@ def test_an_eager_call_compiles_nothing_the_second_time():
     for _ in range(2):
         _, state = tx.update(g, state)
     compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compilations.append(name)
-    )
+
+    def note(event: str, duration_secs: float, **kwargs: Any) -> None:
+        compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     try:
         _, state = tx.update(g, state)
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(note)
     assert not [name for name in compilations if "compile" in name]
 
 
@@ -487,7 +489,8 @@ def test_injected_multi_step_and_vmapped():
 def shard_mapped(tx: Any, specs: Any, levels: Any, **options: Any) -> Any:
     """One update, with gradients laid out by ``specs`` and levels by ``levels``."""
     mesh = jax.make_mesh((4, 2), ("x", "y"))
-    state_specs = classp_jax.MaskToDensityState(P(), levels)
+    count: Any = P()
+    state_specs = classp_jax.MaskToDensityState(count, levels)
     update = jax.shard_map(
         tx.update,
         mesh=mesh,

@@ -170,8 +170,9 @@ def _masked(
     """The masked gradients and the next levels."""
     if not gradients:
         return [], []
-    constants = jax.lax.stop_gradient((gradients, levels, density, rate))
-    fixed, levels, density, rate = constants
+    fixed, levels, density, rate = jax.lax.stop_gradient(
+        (gradients, levels, density, rate)
+    )
     d = jnp.clip(jnp.asarray(density, jnp.float32), 0, 1)
     gain = jnp.asarray(rate, jnp.float32) / _POWER
     axes = [_shared_axes(g, y) for g, y in zip(fixed, levels, strict=True)]
@@ -225,12 +226,9 @@ def _exceeds_multiple(
 
 def _shared_axes(g: jax.Array, level: jax.Array) -> tuple[str, ...]:
     """The mesh axes, manual here, over which the gradient varies but not its level."""
-    return tuple(_varying_axes(g) - _varying_axes(level))
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    kind: Any = jax.typeof(x)
-    return kind.manual_axis_type.varying
+    kinds: list[Any] = [jax.typeof(g), jax.typeof(level)]
+    of_g, of_level = (kind.manual_axis_type.varying for kind in kinds)
+    return tuple(of_g - of_level)
 
 
 def _means(

@@ -64,15 +64,12 @@ def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> tuple[jax.Array, flo
     Inside ``jax.shard_map`` a leaf is whole over the mesh axes over which ``x`` varies
     and ``like``, a number that is kept for the leaf, does not.
     """
-    names = tuple(_varying_axes(x) - _varying_axes(like))
+    kinds: list[Any] = [jax.typeof(x), jax.typeof(like)]
+    of_x, of_like = (kind.manual_axis_type.varying for kind in kinds)
+    names = tuple(of_x - of_like)
     total = jnp.sum(x, dtype=dtype)
     size = float(x.size * math.prod(map(jax.lax.axis_size, names)))
     return (jax.lax.psum(total, names) if names else total), size
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    kind: Any = jax.typeof(x)
-    return kind.manual_axis_type.varying
 
 
 def wide_zeros(tree: Any, dtype: Any = None) -> Any:

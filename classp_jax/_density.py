@@ -175,8 +175,9 @@ def _masked(
     """The masked gradients and the next levels."""
     if not gradients:
         return [], []
-    constants = jax.lax.stop_gradient((gradients, levels, density, rate))
-    fixed, levels, density, rate = constants
+    fixed, levels, density, rate = jax.lax.stop_gradient(
+        (gradients, levels, density, rate)
+    )
     d = jnp.clip(jnp.asarray(density, jnp.float32), 0, 1)
     gain = jnp.asarray(rate, jnp.float32) / _POWER
     if not per_leaf:

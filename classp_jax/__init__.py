@@ -1,18 +1,24 @@
 """CLASSP for JAX: continual learning inside the optimizer, as Optax transforms."""
 
+from classp_jax import regularizers
 from classp_jax._accumulate import (
     ScaleByGeneralizedAdagradState,
     scale_by_generalized_adagrad,
 )
 from classp_jax._classp import classp
-from classp_jax._inspect import free_fraction, mean_accumulator, update_density
+from classp_jax._importance import accumulate_importance
+from classp_jax._inspect import (
+    accumulators,
+    free_fraction,
+    mean_accumulator,
+    update_density,
+)
 from classp_jax._masks import (
     MaskByThresholdState,
     MaskToDensityState,
     mask_by_threshold,
     mask_to_density,
 )
-from classp_jax._protect import accumulate_importance
 from classp_jax._published import classp_published
 
 __version__ = "0.1.0"
@@ -22,12 +28,14 @@ __all__ = [
     "MaskToDensityState",
     "ScaleByGeneralizedAdagradState",
     "accumulate_importance",
+    "accumulators",
     "classp",
     "classp_published",
     "free_fraction",
     "mask_by_threshold",
     "mask_to_density",
     "mean_accumulator",
+    "regularizers",
     "scale_by_generalized_adagrad",
     "update_density",
 ]

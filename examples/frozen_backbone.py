@@ -36,6 +36,8 @@ for x, y in batches(digits, passes=5):
 for layer in ("first", "second", "head"):
     same = jax.tree.map(np.array_equal, params[layer], pretrained[layer])
     print(f"{layer}: {'unchanged' if all(same.values()) else 'trained'}")
-print("accumulators:", *classp_jax.mean_accumulator(state, per_leaf=True))
+# Where nothing is accumulated the tree of accumulators has no leaf.
+accumulators = classp_jax.accumulators(state)
+print("accumulators:", jax.tree.map(lambda a: a.shape, accumulators))
 before, after = accuracy(pretrained, digits), accuracy(params, digits)
 print(f"all ten digits: {before:.1%} before, {after:.1%} after")

@@ -227,10 +227,10 @@ def _replicated(array: jax.Array) -> jax.Array:
 def _number_of_examples(x: Any) -> int:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
+        shapes = sorted({jnp.shape(leaf) for leaf in jax.tree.leaves(x)})
         raise ValueError(
             "x must hold at least one example, along the first axis of every array, "
-            f"got shapes {shapes}."
+            f"got arrays of shapes {shapes}."
         )
     return lengths.pop()[0]
 
@@ -255,6 +255,7 @@ def _number_of_classes(logits_fn: Callable[..., Any], params: Any, x: Any) -> in
 def _checked_classes(classes: Any, num_classes: int) -> jax.Array:
     if classes is None:
         return jnp.ones(num_classes, bool)
+    classes = np.asarray(classes) if isinstance(classes, list | tuple) else classes
     if jnp.shape(classes) != (num_classes,):
         raise ValueError(
             f"classes must have shape ({num_classes},), one bool a class, got shape "
@@ -270,6 +271,7 @@ def _checked_classes(classes: Any, num_classes: int) -> jax.Array:
 def _checked_labels(y: Any, examples: int, classes: jax.Array) -> jax.Array:
     if y is None:
         raise ValueError("y is needed for kind='empirical', got None.")
+    y = np.asarray(y) if isinstance(y, list | tuple) else y
     if jnp.shape(y) != (examples,):
         raise ValueError(
             f"y must have shape ({examples},), one label an example, got shape "

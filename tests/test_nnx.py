@@ -59,7 +59,7 @@ def train_tree(train: Any, end: Any, fill: Any, params: Any) -> Any:
     return train(params, state)
 
 
-def of_trees(params: Any) -> Any:
+def of_trees(params: Any, wrap: Callable[..., Any] = lambda f: f) -> Any:
     @jax.jit
     def step(params: Any, state: Any) -> Any:
         updates, state = TX.update(jax.grad(tree_loss)(params), state, params)
@@ -72,11 +72,12 @@ def of_trees(params: Any) -> Any:
 
     def end(state: Any, params: Any) -> Any:
         fisher = regularizers.fisher_diagonal(logits, params, X)
-        return regularizers.consolidate(state, params, fisher)
+        return wrap(regularizers.consolidate)(state, params, fisher)
 
     def fill(state: Any, params: Any) -> Any:
         gradients = jax.grad(tree_loss)(params)
-        return classp_jax.accumulate_importance(TX, state, params, gradients)
+        fill = functools.partial(classp_jax.accumulate_importance, TX)
+        return wrap(fill)(state, params, gradients)
 
     return train_tree(train, end, fill, params)
 
@@ -91,8 +92,9 @@ def assert_same_bits(actual: Any, desired: Any) -> None:
         np.testing.assert_array_equal(a, d)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit], ids=["outside", "nnx.jit"])
-def test_an_nnx_optimizer_goes_on_training(wrap: Callable[..., Any]):
+@pytest.mark.parametrize("jit", [False, True], ids=["outside", "nnx.jit"])
+def test_an_nnx_optimizer_goes_on_training(jit: bool):
+    wrap: Any = nnx.jit if jit else lambda f: f
     model = Model()
     initial = as_dict(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
@@ -133,7 +135,7 @@ def test_an_nnx_optimizer_goes_on_training(wrap: Callable[..., Any]):
             fill(model, optimizer, nnx.grad(loss)(model))
     assert traces == 1
 
-    params, state = of_trees(initial)
+    params, state = of_trees(initial, jax.jit if jit else lambda f: f)
     assert_same_bits(nnx.state(model, nnx.Param), params)
     assert_same_bits(optimizer.opt_state, state)
     # Both the state and what holds it can be looked into.

@@ -209,9 +209,9 @@ def test_it_is_compiled_once_for_many_calls():
     state = fill(tx, state, PARAMS, GRADIENTS, per_example=True)
     compilations = []
 
-    def listen(name: str, *_: Any, **__: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
-            compilations.append(name)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     for _ in range(3):

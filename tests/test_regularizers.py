@@ -808,9 +808,9 @@ def compilations():
     """The times of all compilations since the fixture was asked for."""
     found: list[float] = []
 
-    def listen(name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found

@@ -8,7 +8,6 @@ method ``end_of_task(params, fisher)`` that returns the new state, and an attrib
 from typing import Any
 
 import jax
-import optax
 
 from classp_jax._arrays import unwrapped, wrapped_like
 
@@ -17,12 +16,12 @@ def _is_regularizer(node: Any) -> bool:
     return hasattr(type(node), "end_of_task")
 
 
-def _regularizers(state: optax.OptState) -> list[Any]:
+def _regularizers(state: Any) -> list[Any]:
     nodes = jax.tree.leaves(state, is_leaf=_is_regularizer)
     return [node for node in nodes if _is_regularizer(node)]
 
 
-def needs_fisher(state: optax.OptState) -> bool:
+def needs_fisher(state: Any) -> bool:
     """Whether :func:`consolidate` needs a Fisher diagonal for this optimizer state.
 
     Args:
@@ -44,9 +43,7 @@ def needs_fisher(state: optax.OptState) -> bool:
     return any(node.needs_fisher for node in _regularizers(state))
 
 
-def consolidate(
-    state: optax.OptState, params: optax.Params, fisher: Any = None
-) -> optax.OptState:
+def consolidate(state: Any, params: Any, fisher: Any = None) -> Any:
     """Tells every regularizer in an optimizer state that a task has ended.
 
     From then on :func:`ewc`, :func:`online_ewc` and :func:`si` hold the weights near

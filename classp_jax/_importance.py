@@ -69,7 +69,8 @@ def accumulate_importance(
       strength: what the amount that this call adds is multiplied by; a number of at
         least 0 or a scalar array.
       **extra_args: what ``tx.update`` takes beyond gradients, state and parameters.
-        ``accumulating=True`` is added to it, for transforms that accumulate here only.
+        ``accumulate_importance=True`` is added to it, for transforms that accumulate
+        here only (``protect(frozen=True)``).
 
     Returns:
       The new state, with the tree, shapes and dtypes of ``state``.
@@ -104,7 +105,9 @@ def accumulate_importance(
     update = optax.with_extra_args_support(tx).update
 
     def filled(state: Any, gradients: Any, params: Any, extra_args: Any) -> Any:
-        _, new = update(gradients, state, params, **extra_args, accumulating=True)
+        _, new = update(
+            gradients, state, params, **extra_args, accumulate_importance=True
+        )
         return _with_accumulators(state, new, lambda _, new: new)
 
     def filled_by_each(_: Any, state: Any, gradients: Any, *others: Any) -> Any:

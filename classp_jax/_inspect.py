@@ -11,7 +11,7 @@ from classp_jax._arrays import path_name, unwrapped, working_dtype
 from classp_jax._importance import accumulating_nodes
 
 
-def accumulators(state: optax.OptState) -> Any:
+def accumulators(state: Any) -> Any:
     """The accumulators in an optimizer state, as a tree like the parameters.
 
     Args:
@@ -49,7 +49,7 @@ def accumulators(state: optax.OptState) -> Any:
     return tree
 
 
-def mean_accumulator(state: optax.OptState, *, per_leaf: bool = False) -> Any:
+def mean_accumulator(state: Any, *, per_leaf: bool = False) -> Any:
     """The mean of CLASSP's accumulator over all weights: ``average_grad_sum``.
 
     Args:
@@ -75,7 +75,7 @@ def mean_accumulator(state: optax.OptState, *, per_leaf: bool = False) -> Any:
     return _mean(accumulators(state), lambda a: a, per_leaf=per_leaf)
 
 
-def free_fraction(state: optax.OptState, *, per_leaf: bool = False) -> Any:
+def free_fraction(state: Any, *, per_leaf: bool = False) -> Any:
     """The share of weights that nothing holds back: whose accumulator is still empty.
 
     Empty is an accumulator of 0, or below the smallest normal number of the dtype that
@@ -118,7 +118,7 @@ def free_fraction(state: optax.OptState, *, per_leaf: bool = False) -> Any:
     return _mean(accumulators(state), is_empty, per_leaf=per_leaf)
 
 
-def update_density(updates: optax.Updates, *, per_leaf: bool = False) -> Any:
+def update_density(updates: Any, *, per_leaf: bool = False) -> Any:
     """The share of weights that an update moves: that is not exactly 0.
 
     Args:

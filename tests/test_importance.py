@@ -11,6 +11,9 @@ import pytest
 
 import classp_jax
 
+# The types of Optax name the arguments of functions.
+GradientTransformation: Any = optax.GradientTransformation
+ExtraArgs: Any = optax.GradientTransformationExtraArgs
 fill: Any = classp_jax.accumulate_importance
 STEPS = 12
 PARAMS = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
@@ -143,7 +146,7 @@ def test_parameters_and_extra_arguments_reach_the_transform():
     def update(updates: Any, state: Any, params: Any = None, *, scale: Any, **_: Any):
         return jax.tree.map(lambda g: scale * g, updates), state
 
-    scaling = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    scaling = ExtraArgs(lambda _: (), update)
     tx = optax.chain(
         optax.add_decayed_weights(0.5), scaling, classp_jax.classp(0.1, eps=0.1)
     )
@@ -159,12 +162,14 @@ def test_parameters_and_extra_arguments_reach_the_transform():
 def test_transforms_are_told_that_they_only_accumulate():
     """What is frozen in training is filled here."""
 
-    def update(g: Any, state: Any, params: Any = None, *, accumulating=0.0, **_: Any):
-        term = jnp.where(accumulating, g, 0.0)
+    def update(
+        g: Any, state: Any, params: Any = None, *, accumulate_importance=False, **_: Any
+    ):
+        term = jnp.where(accumulate_importance, g, 0.0)
         return g, state._replace(accumulator=state.accumulator + term)
 
     inner: Any = classp_jax.scale_by_generalized_adagrad()
-    frozen = optax.GradientTransformationExtraArgs(inner.init, update)
+    frozen = ExtraArgs(inner.init, update)
     tx = optax.chain(frozen, optax.sgd(0.1))
     state = tx.init(jnp.ones(2))
     _, trained = tx.update(jnp.ones(2), state)
@@ -187,7 +192,7 @@ def test_accumulators_inside_a_state_with_accumulators_are_filled():
         _, new = inner.update(2 * g, state.inner["inner"])
         return g, Outer(state.accumulator + g, {"inner": new})
 
-    tx = optax.GradientTransformation(init, update)
+    tx: Any = GradientTransformation(init, update)
     state = init(jnp.ones(2))
     new = fill(tx, state, jnp.ones(2), jnp.ones(2))
     np.testing.assert_array_equal(new.accumulator, 1)

@@ -648,7 +648,8 @@ def test_leaves_that_are_no_arrays(method: str):
 
 def test_states_of_other_transforms_are_refused(method: str):
     params = as_tree(START)
-    other = optax.adam(0.1).init(params)[0]
+    adam: Any = optax.scale_by_adam()
+    other = adam.init(params)
     with pytest.raises(TypeError, match=f"^{method} was given .* got ScaleByAdamState"):
         METHODS[method](1.0).update(params, other, params)
 
@@ -662,7 +663,7 @@ def test_a_regularizer_brings_its_own_end_of_task():
             assert fisher is None
             return CountState(self.tasks + jnp.size(params))
 
-    state = (optax.EmptyState(), CountState(jnp.int32(0)))
+    state: Any = (optax.EmptyState(), CountState(jnp.int32(0)))
     assert not regularizers.needs_fisher(state)
     state = consolidate(state, jnp.ones(3))
     assert int(state[1].tasks) == 3

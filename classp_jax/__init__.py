@@ -6,6 +6,7 @@ from classp_jax._accumulate import (
     scale_by_generalized_adagrad,
 )
 from classp_jax._classp import classp
+from classp_jax._hyperparams import inject_hyperparams
 from classp_jax._importance import accumulate_importance
 from classp_jax._inspect import (
     accumulators,
@@ -19,6 +20,7 @@ from classp_jax._masks import (
     mask_by_threshold,
     mask_to_density,
 )
+from classp_jax._protect import ProtectState, protect
 from classp_jax._published import classp_published
 
 __version__ = "0.1.0"
@@ -26,15 +28,18 @@ __version__ = "0.1.0"
 __all__ = [
     "MaskByThresholdState",
     "MaskToDensityState",
+    "ProtectState",
     "ScaleByGeneralizedAdagradState",
     "accumulate_importance",
     "accumulators",
     "classp",
     "classp_published",
     "free_fraction",
+    "inject_hyperparams",
     "mask_by_threshold",
     "mask_to_density",
     "mean_accumulator",
+    "protect",
     "regularizers",
     "scale_by_generalized_adagrad",
     "update_density",

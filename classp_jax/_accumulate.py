@@ -1,6 +1,6 @@
 """How far weights move: generalized AdaGrad scaling and its accumulator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,10 @@ import optax
 
 from classp_jax._arrays import (
     float_arrays,
+    kept,
     magnitude,
     require_same_shapes,
+    wide_zeros,
     working_dtype,
 )
 from classp_jax._hyperparams import (
@@ -21,10 +23,16 @@ from classp_jax._hyperparams import (
     cast,
     float_dtype,
     non_negative,
+    one_of,
     positive,
     switch,
+    window_length,
 )
 from classp_jax._powers import divide_by_root, power_of_magnitude
+from classp_jax._rounding import stored_sum
+
+# The share of a step in the moving average of the squared gradient is 1 minus this.
+_DECAY = 0.99
 
 
 class ScaleByGeneralizedAdagradState(NamedTuple):
@@ -34,6 +42,9 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
     """Number of updates so far, int32."""
     accumulator: optax.Updates
     """A tree like the parameters: the sum of ``|g|^p`` over accepted gradients."""
+    mean_square: jax.typing.ArrayLike
+    """Float32 ``[leaves]``: a moving average of each leaf's mean squared gradient, not
+    corrected for its start at 0. Stays 0 where ``eps_unit`` does not ask for it."""
 
 
 def scale_by_generalized_adagrad(
@@ -41,24 +52,55 @@ def scale_by_generalized_adagrad(
     eps: Scalar = 0.1,
     *,
     prior: Scalar = 0.0,
+    window: ScalarOrSchedule | None = None,
+    eps_unit: str | None = None,
     scaling: bool | ScalarOrSchedule = True,
     include_current: bool = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by the p-th root of the sum of their p-th powers so far.
 
+    A weight that has received many gradients moves less and less:
+
     .. math::
-      A_t &= A_{t-1} + |g_t|^p \\
+      A_t &= A_{t-1} + |g_t|^p, \qquad A_0 = 0 \\
       u_t &= \frac{g_t}{(\varepsilon + A_t)^{1/p}}
 
-    with :math:`A_0 = 0`. A weight that has received many gradients moves less and less.
     :math:`\varepsilon` stands inside the root, so it *is* the accumulator's initial
     value: ``power=2, eps=0.1`` equals
     ``optax.adagrad(initial_accumulator_value=0.1, eps=0)`` but for the learning rate.
     While :math:`A` is small against :math:`\varepsilon` the transform is a constant
     factor :math:`\varepsilon^{-1/p}`.
 
-    ``prior`` is a start without a scale: a weight's accumulator begins as if it had
+    **A window**, to go on learning for ever. A sum that only grows ends learning. With
+    a window of :math:`N` steps the accumulator leaks in every step, also for a weight
+    whose gradient is 0 or masked:
+
+    .. math::
+      A_t = A_{t-1} \left(1 - \frac{1}{N}\right) + |g_t|^p
+
+    Under a constant gradient :math:`A` then tends to :math:`N |g|^p`. A weight that
+    gets no gradient becomes free again: its accumulator falls by the factor e in N
+    steps.
+
+    **A unit for epsilon.** ``eps`` is in units of :math:`|g|^p`, which are those of
+    this network, layer and loss. With ``eps_unit="leaf"`` it counts in units of the
+    leaf's own root mean square gradient :math:`s`, with ``"tree"`` of that of all
+    leaves together:
+
+    .. math::
+      u_t = \frac{g_t}{(\varepsilon\, s_{t-1}^p + A_t)^{1/p}}, \qquad
+      s_t^2 = \frac{1}{1 - d^t} \sum_{k \le t} (1 - d)\, d^{t-k}\, \overline{g_k^2},
+      \qquad d = 0.99
+
+    The unit is that of the steps before, so that the gradient is not read once more
+    before the step. In the very first step, and until a leaf has had a nonzero
+    gradient, there is no unit and nothing moves; the accumulators fill. The mean is
+    over the whole leaf, however it is sharded under ``jit``, and in :func:`classp` over
+    masked gradients, too. Gradients whose squares leave float32 (below 1e-19, above
+    1e19) have no unit.
+
+    **A prior** is a start without a scale: a weight's accumulator begins as if it had
     already received ``prior`` gradients of the size of its first one,
 
     .. math::
@@ -76,29 +118,38 @@ def scale_by_generalized_adagrad(
     gives no step from then on (at ``power=4`` in float32 a single gradient above 4e9
     does that). A NaN or infinite gradient shows as NaN in the update, and poisons the
     accumulator unless ``optax.apply_if_finite`` stands around the transform.
+    Derivatives through the update are finite, and those of the formula where it has
+    any; at a gradient of exactly 0 that is :math:`(\varepsilon + A)^{-1/p}`.
 
     Args:
-      power: :math:`p > 0`; a number or a scalar array.
-      eps: :math:`\varepsilon \ge 0`, in units of :math:`|g|^p`; a number or a scalar
-        array.
+      power: :math:`p > 0`, how fast a weight slows down; a number or a scalar array.
+      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a
+        weight slows down, in units of :math:`|g|^p` or as ``eps_unit`` says; a number
+        or a scalar array.
       prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with;
         a number or a scalar array.
+      window: :math:`N \ge 1`, the number of steps that are remembered, or None for
+        all; a number, a schedule ``step -> value`` or a scalar array. In float32 it
+        is kept exactly up to about a million.
+      eps_unit: None, ``"leaf"`` or ``"tree"``: what epsilon is measured in.
       scaling: whether to divide. Off means: go on accumulating and return the gradient
         as it came. A bool, a schedule ``step -> bool`` or a scalar array.
-      include_current: whether :math:`A_t` (Algorithm 1 of the paper) or
-        :math:`A_{t-1}` (its equation 1) divides the gradient of step t.
+      include_current: whether the gradient of step t is divided by :math:`A_t`
+        (Algorithm 1 of the paper) or by the sum before it is added (its equation 1).
       accumulator_dtype: dtype of :math:`A`. By default float32 for narrower
-        parameters, else the parameters' real dtype: a growing sum of small terms
-        stands still in 16 bits.
+        parameters, else the parameters' real dtype. ``bfloat16`` takes half the memory:
+        its sums are rounded stochastically, so that they do not stall; each is off by
+        about 4 % (root mean square), their mean over the weights is right.
 
     Returns:
       A transform whose updates have the gradients' shapes and dtypes. Its state is
-      :class:`ScaleByGeneralizedAdagradState`: a step count and one real array the size
-      of the parameters, whatever the arguments.
+      :class:`ScaleByGeneralizedAdagradState`: a step count, one real array the size of
+      the parameters and one number a leaf, whatever the arguments.
 
     Raises:
-      ValueError: if ``power <= 0``, ``eps < 0`` or ``prior < 0`` (or NaN, infinite, no
-        scalar), or if the gradients' tree or shapes are not those of the state.
+      ValueError: if ``power <= 0``, ``eps < 0``, ``prior < 0`` or ``window < 1`` (or
+        NaN, infinite, no scalar), or if the gradients' tree or shapes are not those of
+        the state.
       TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
 
     Example:
@@ -121,26 +172,130 @@ def scale_by_generalized_adagrad(
 
     .. seealso:: :func:`classp`, :func:`optax.scale_by_rss`
     """
+    rule = Accumulation.checked(power, eps, prior, window, eps_unit, accumulator_dtype)
     return masked_scaling(
-        lambda g, count: g != 0,
-        power,
-        eps,
-        prior=prior,
-        scaling=scaling,
-        include_current=include_current,
-        accumulator_dtype=accumulator_dtype,
+        lambda g, count: True, rule, scaling=scaling, include_current=include_current
     )
 
 
+class Accumulation(NamedTuple):
+    """How an accumulator grows, and what epsilon is worth: checked arguments."""
+
+    power: Any
+    eps: Any
+    prior: Any
+    window: Any
+    eps_unit: str | None
+    dtype: Any
+
+    @classmethod
+    def checked(
+        cls,
+        power: Any,
+        eps: Any,
+        prior: Any,
+        window: Any,
+        eps_unit: Any,
+        accumulator_dtype: Any,
+    ) -> "Accumulation":
+        """The arguments of the public transforms; ValueError, TypeError as they say."""
+        return cls(
+            positive("power", power),
+            non_negative("eps", eps),
+            non_negative("prior", prior),
+            window_length(window),
+            one_of("eps_unit", eps_unit, (None, "leaf", "tree")),
+            float_dtype("accumulator_dtype", accumulator_dtype),
+        )
+
+    def init(self, params: optax.Params) -> ScaleByGeneralizedAdagradState:
+        """Empty accumulators."""
+        params = float_arrays(params, "parameter")
+        return ScaleByGeneralizedAdagradState(
+            count=jnp.zeros([], jnp.int32),
+            accumulator=wide_zeros(params, self.dtype),
+            mean_square=jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
+        )
+
+    def grown(
+        self,
+        gradients: Sequence[jax.Array],
+        accepted: Sequence[Any],
+        state: ScaleByGeneralizedAdagradState,
+    ) -> tuple[ScaleByGeneralizedAdagradState, list[jax.Array]]:
+        """The state after a step, and each leaf's accumulator without its gradient."""
+        old, tree = jax.tree.flatten(state.accumulator)
+        before, after = [], []
+        for i, (g, a, moves) in enumerate(zip(gradients, old, accepted, strict=True)):
+            dtype = np.promote_types(working_dtype(g), a.dtype)
+            # Masked before the power, as behind a mask of its own: the same roundings.
+            size = kept(moves, magnitude(g).astype(dtype))
+            term = power_of_magnitude(size, self.power)
+            start = self._before(a.astype(dtype), term, state.count)
+            before.append(start)
+            after.append(stored_sum(start, term, a.dtype, state.count, i))
+        mean_square = jnp.asarray(state.mean_square)
+        if self.eps_unit is not None:
+            means = [_mean_square(g) for g in gradients]
+            now = jnp.stack(means) if means else mean_square
+            mean_square = mean_square + (1 - _DECAY) * (now - mean_square)
+        return ScaleByGeneralizedAdagradState(
+            optax.safe_increment(state.count), tree.unflatten(after), mean_square
+        ), before
+
+    def _before(self, a: jax.Array, term: jax.Array, count: Any) -> jax.Array:
+        """What the accumulator has leaked to, or the prior where it holds nothing."""
+        if self.window is not None:
+            window = at_step(self.window, count)
+            # Not a * (1 - 1 / window): that factor has few digits of 1 / window.
+            a = a - a * (1 / cast(window, a.dtype))
+        if isinstance(self.prior, float) and self.prior == 0:
+            return a
+        # A prior of 0 makes 0 of an overflown term, too.
+        finite = jnp.minimum(term, jnp.asarray(jnp.finfo(term.dtype).max, term.dtype))
+        return jnp.where(a == 0, cast(self.prior, a.dtype) * finite, a)
+
+    def eps_of_leaves(
+        self,
+        sizes: Sequence[int],
+        state: ScaleByGeneralizedAdagradState,
+        unknown: float,
+    ) -> list[Any]:
+        """Each leaf's epsilon in units of ``|g|^p``; ``unknown`` where no unit is."""
+        if self.eps_unit is None:
+            return [self.eps] * len(sizes)
+        count = jnp.asarray(state.count).astype(jnp.float32)
+        corrected = jnp.asarray(state.mean_square) / jnp.where(
+            count > 0, -jnp.expm1(count * float(np.log(_DECAY))), jnp.ones_like(count)
+        )
+        if self.eps_unit == "tree":
+            shares = np.asarray(sizes, np.float32) / max(sum(sizes), 1)
+            corrected = jnp.full_like(corrected, jnp.sum(corrected * shares))
+        # A NaN is no unit, and shall show.
+        missing = corrected <= 0
+        root = jnp.sqrt(jnp.where(missing, jnp.ones_like(corrected), corrected))
+        eps = cast(self.eps, jnp.float32) * power_of_magnitude(root, self.power)
+        return [*jnp.where(missing, jnp.full_like(eps, unknown), eps)]
+
+
+def _mean_square(g: jax.Array) -> jax.Array:
+    share = 1 / max(g.size, 1)
+
+    def total(x: jax.Array) -> jax.Array:
+        # In this order, and not of |g|: XLA would write an array that is needed twice.
+        x = x.astype(jnp.float32)
+        return jnp.sum((x * share) * x)
+
+    return total(g.real) + total(g.imag) if jnp.iscomplexobj(g) else total(g)
+
+
 def masked_scaling(
-    accept: Callable[[jax.Array, jax.Array], jax.Array],
-    power: Scalar,
-    eps: Scalar,
+    accept: Callable[[jax.Array, jax.Array], Any],
+    rule: Accumulation,
     *,
-    prior: Scalar = 0.0,
     scaling: bool | ScalarOrSchedule,
     include_current: bool = True,
-    accumulator_dtype: Any = None,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of the gradients for which ``accept(g, count)`` is true; 0 for others.
 
@@ -150,25 +305,9 @@ def masked_scaling(
     weight and a temporary the size of the parameters. ``accept`` is a comparison, which
     XLA repeats instead.
     """
-    power = positive("power", power)
-    eps = non_negative("eps", eps)
-    prior = non_negative("prior", prior)
     scaling = switch("scaling", scaling)
-    accumulator_dtype = float_dtype("accumulator_dtype", accumulator_dtype)
     if not isinstance(include_current, bool):
         raise TypeError(f"include_current must be a bool, got {include_current!r}.")
-
-    def init_fn(params: optax.Params) -> ScaleByGeneralizedAdagradState:
-        params = float_arrays(params, "parameter")
-        return ScaleByGeneralizedAdagradState(
-            count=jnp.zeros([], jnp.int32),
-            accumulator=jax.tree.map(
-                lambda w: jnp.zeros_like(
-                    w, dtype=accumulator_dtype or working_dtype(w)
-                ),
-                params,
-            ),
-        )
 
     def update_fn(
         updates: optax.Updates,
@@ -179,62 +318,41 @@ def masked_scaling(
         del params, extra_args
         updates = float_arrays(updates, "gradient")
         require_same_shapes(updates, state.accumulator)
-        scale_now = at_step(scaling, state.count)
-
-        def begun(g: jax.Array, a: jax.Array) -> jax.Array:
-            """The accumulator before this step, with the prior if this is its first."""
-            if isinstance(prior, float) and prior == 0:
-                return a
-            dtype = np.promote_types(working_dtype(g), a.dtype)
-            term = power_of_magnitude(magnitude(g).astype(dtype), power)
-            first = (a == 0) & accept(g, state.count)
-            return jnp.where(first, (cast(prior, dtype) * term).astype(a.dtype), a)
-
-        def new_accumulator(g: jax.Array, a: jax.Array) -> jax.Array:
-            dtype = np.promote_types(working_dtype(g), a.dtype)
-            term = power_of_magnitude(magnitude(g).astype(dtype), power)
-            total = begun(g, a).astype(dtype) + jnp.where(
-                accept(g, state.count), term, jnp.zeros_like(term)
+        gradients, tree = jax.tree.flatten(updates)
+        accepted = [accept(g, state.count) for g in gradients]
+        new_state, before = rule.grown(gradients, accepted, state)
+        divisors = jax.tree.leaves(new_state.accumulator) if include_current else before
+        # Where no unit is known yet nothing moves: it is divided by infinity.
+        epsilons = rule.eps_of_leaves([g.size for g in gradients], state, np.inf)
+        results = [
+            scaled(g, a, moves, rule.power, eps, at_step(scaling, state.count))
+            for g, a, moves, eps in zip(
+                gradients, divisors, accepted, epsilons, strict=True
             )
-            return total.astype(a.dtype)
+        ]
+        if learning_rate is not None:
+            rate = at_step(learning_rate, state.count)
+            results = [-cast(rate, u.dtype) * u for u in results]
+        return tree.unflatten(results), new_state
 
-        def new_update(g: jax.Array, a: jax.Array) -> jax.Array:
-            return scaled(g, a, accept(g, state.count), power, eps, scaling=scale_now)
-
-        accumulator = jax.tree.map(new_accumulator, updates, state.accumulator)
-        divisor = accumulator
-        if not include_current:
-            divisor = jax.tree.map(begun, updates, state.accumulator)
-        return jax.tree.map(new_update, updates, divisor), (
-            ScaleByGeneralizedAdagradState(
-                count=optax.safe_increment(state.count), accumulator=accumulator
-            )
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(rule.init, update_fn)
 
 
 def scaled(
-    g: jax.Array,
-    a: jax.Array,
-    accepted: jax.Array,
-    power: Any,
-    eps: Any,
-    *,
-    scaling: Any,
+    g: jax.Array, a: jax.Array, accepted: Any, power: Any, eps: Any, scaling: Any
 ) -> jax.Array:
     """``g / (a + eps)^(1/power)`` where accepted (and scaling is on), in g's dtype."""
-    zero = jnp.zeros_like(g)
     if isinstance(scaling, bool) and not scaling:
-        return jnp.where(accepted, g, zero)
+        return kept(accepted, g)
     dtype = np.promote_types(working_dtype(g), a.dtype)
-    wide = g.astype(np.promote_types(g.dtype, dtype))
     base = a.astype(dtype) + cast(eps, dtype)
-    # Not for a NaN or infinite gradient, which shall show, nor for a NaN base.
-    empty = (base < jnp.finfo(dtype).tiny) & jnp.isfinite(g)
+    empty = base < jnp.finfo(dtype).tiny
+    # No division by 0, also where its result would be left out: its derivative is not.
+    base = jnp.where(empty, jnp.ones_like(base), base)
+    wide = g.astype(np.promote_types(g.dtype, dtype))
     quotient = divide_by_root(wide, base, power).astype(g.dtype)
-    result = jnp.where(accepted & ~empty, quotient, zero)
-    if isinstance(scaling, bool):
-        return result
-    on = jnp.asarray(scaling).astype(bool)
-    return jnp.where(on, result, jnp.where(accepted, g, zero))
+    # A NaN or infinite gradient is to show.
+    quotient = kept(~(empty & jnp.isfinite(g)), quotient)
+    if not isinstance(scaling, bool):
+        quotient = jnp.where(jnp.asarray(scaling).astype(bool), quotient, g)
+    return kept(accepted, quotient)

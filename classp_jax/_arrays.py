@@ -23,6 +23,11 @@ def magnitude(g: jax.Array) -> jax.Array:
     return jnp.abs(g).astype(working_dtype(g))
 
 
+def kept(accepted: Any, x: jax.Array) -> jax.Array:
+    """``x`` where accepted, else 0; ``accepted`` may be the bool True."""
+    return x if accepted is True else jnp.where(accepted, x, jnp.zeros_like(x))
+
+
 def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
     """The tree with every leaf as a JAX array.
 

@@ -4,14 +4,9 @@ from typing import Any
 
 import optax
 
-from classp_jax._accumulate import masked_scaling
+from classp_jax._accumulate import Accumulation, masked_scaling
 from classp_jax._hyperparams import Scalar, ScalarOrSchedule, at_step, non_negative
-from classp_jax._masks import exceeds
-
-
-def constant_or_schedule(value: ScalarOrSchedule) -> optax.Schedule:
-    """A schedule either way, so that the state's tree does not depend on which."""
-    return value if callable(value) else lambda _: value
+from classp_jax._masks import passes
 
 
 def classp(
@@ -21,6 +16,8 @@ def classp(
     eps: Scalar = 0.1,
     *,
     prior: Scalar = 0.0,
+    window: ScalarOrSchedule | None = None,
+    eps_unit: str | None = None,
     scaling: bool | ScalarOrSchedule = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,31 +47,34 @@ def classp(
     ``eps=0`` it is :math:`\alpha\,(1 + c)^{-1/p}` for every weight, also for one whose
     first accepted gradient comes in a later task.
 
-    Under ``optax.inject_hyperparams`` every number becomes traced; name ``power`` in
-    its ``static_args`` unless it shall change, as a traced power takes the slow form,
-    and pass ``scaling`` as an array or a schedule if it shall, as Optax leaves a bool
-    alone. Accumulators from elsewhere are put into a state by
+    Put momentum or weight decay *before* ``classp`` in a chain, if at all: behind it
+    they move weights that the threshold froze. To keep another optimizer, momentum and
+    all, put :func:`protect` around it. For hyperparameters that change while training,
+    see :func:`inject_hyperparams`. Accumulators from elsewhere are put into a state by
     ``optax.tree.set(state, accumulator=sums)``.
 
-    Put momentum or weight decay *before* ``classp`` in a chain, if at all: behind it
-    they move weights that the threshold froze.
-
     Args:
-      learning_rate: :math:`\alpha \ge 0`; a number, a schedule or a scalar array.
-      threshold: :math:`\tau \ge 0` on the squared gradient, see
-        :func:`mask_by_threshold`; a number, a schedule or a scalar array.
-      power: :math:`p > 0`, see :func:`scale_by_generalized_adagrad`.
-      eps: :math:`\varepsilon \ge 0`, likewise.
-      prior: :math:`c \ge 0`, likewise.
+      learning_rate: :math:`\alpha \ge 0`, how far a weight moves; a number, a schedule
+        or a scalar array.
+      threshold: :math:`\tau \ge 0`, what a squared gradient must exceed for its weight
+        to move, see :func:`mask_by_threshold`; a number, a schedule or a scalar array.
+      power: :math:`p > 0`, how fast a weight slows down; 1 keeps old tasks best. As all
+        the following see :func:`scale_by_generalized_adagrad`.
+      eps: :math:`\varepsilon \ge 0`, what the accumulator has to outgrow before a
+        weight slows down. Choose it as carefully as the learning rate.
+      prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with.
+      window: the number of steps that are remembered; None for all.
+      eps_unit: what epsilon is measured in: None for units of :math:`|g|^p`, ``"leaf"``
+        or ``"tree"`` for those of the root mean square gradient.
       scaling: whether to divide; off gives plain SGD on accepted gradients while the
         accumulator fills. A bool, a schedule or a scalar array.
       accumulator_dtype: dtype of the accumulator, by default at least float32.
 
     Returns:
       An optimizer whose updates have the gradients' shapes and dtypes. Its state is
-      two step counts and one real array the size of the parameters; the tree of the
-      state is the same for all arguments, so that one ``classp`` may take over the
-      state of another at a task boundary.
+      :class:`ScaleByGeneralizedAdagradState`: a step count, one real array the size of
+      the parameters and one number a leaf. Its tree is the same for all arguments, so
+      that one ``classp`` may take over the state of another at a task boundary.
 
     Raises:
       ValueError: if a number is out of its range, infinite or NaN, or if the gradients'
@@ -103,18 +103,13 @@ def classp(
       <https://arxiv.org/abs/2405.09637>`_, 2024
 
     .. seealso:: :func:`mask_by_threshold`, :func:`mask_to_density`,
-      :func:`scale_by_generalized_adagrad`, :func:`classp_published`
+      :func:`scale_by_generalized_adagrad`, :func:`protect`, :func:`classp_published`
     """
     learning_rate = non_negative("learning_rate", learning_rate, schedule=True)
     threshold = non_negative("threshold", threshold, schedule=True)
-    return optax.chain(
-        masked_scaling(
-            lambda g, count: exceeds(g, at_step(threshold, count)),
-            power,
-            eps,
-            prior=prior,
-            scaling=scaling,
-            accumulator_dtype=accumulator_dtype,
-        ),
-        optax.scale_by_learning_rate(constant_or_schedule(learning_rate)),
+    return masked_scaling(
+        lambda g, count: passes(g, at_step(threshold, count)),
+        Accumulation.checked(power, eps, prior, window, eps_unit, accumulator_dtype),
+        scaling=scaling,
+        learning_rate=learning_rate,
     )

@@ -5,6 +5,7 @@ static, so that the compiled step is specialised to them. Arrays and tracers pas
 through unchecked. Schedules are called with the step count.
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Schedule: TypeAlias = Callable[[Any], Any]
 Scalar: TypeAlias = float | int | jax.Array | np.ndarray | np.generic
@@ -62,7 +64,10 @@ def checked(
         return value
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be {kinds} ({allowed}), got {value!r}.")
-    if isinstance(value, numbers.Real):
+    # ml_dtypes' scalars, such as bfloat16's, are numpy's but no numbers.Real.
+    if isinstance(value, numbers.Real) or (
+        isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
+    ):
         number = float(value)
         if not math.isfinite(number) or not accepts(number):
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
@@ -84,6 +89,24 @@ def non_negative(name: str, value: Any, *, schedule: bool = False) -> Any:
 def positive(name: str, value: Any) -> Any:
     """A finite number above 0."""
     return checked(name, value, "finite and > 0", lambda x: x > 0)
+
+
+def window_length(value: Any) -> Any:
+    """A number of steps of at least 1, or None for no window."""
+    if value is None:
+        return None
+    return checked(
+        "window", value, "finite and >= 1, or None", lambda x: x >= 1, schedule=True
+    )
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """One of a few names (or None)."""
+    if value not in allowed:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}."
+        )
+    return value
 
 
 def switch(name: str, value: Any) -> Any:
@@ -121,3 +144,44 @@ def at_step(value: Any, count: Any) -> Any:
 def cast(value: Any, dtype: Any) -> Any:
     """A hyperparameter ready to meet arrays of ``dtype``: numbers stay static."""
     return value if isinstance(value, bool | float) else jnp.asarray(value, dtype)
+
+
+def inject_hyperparams(
+    factory: Callable[..., optax.GradientTransformation],
+    *,
+    fixed: tuple[str, ...] = ("power",),
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``optax.inject_hyperparams``, set for the transforms of this library.
+
+    Puts an optimizer's hyperparameters into its state, where they can be read and
+    changed while training. Optax's own function, called on :func:`classp` without
+    further arguments, makes of every number a traced one of the parameters' dtype: a
+    traced ``power`` takes the slow form, and in float16 an ``eps`` of 1e-9 is 0. Here
+    the power stays a plain number and the others are float32.
+
+    Args:
+      factory: a function that makes a transform, such as :func:`classp`.
+      fixed: names of arguments that stay what they are, where the factory has them.
+        ``()`` to change the power, too.
+
+    Returns:
+      A function with the factory's arguments. Its transform's state has a dict
+      ``hyperparams``.
+
+    Example:
+      >>> import classp_jax
+      >>> import jax.numpy as jnp
+      >>> optimizer = classp_jax.inject_hyperparams(classp_jax.classp)(0.1, eps=1.0)
+      >>> state = optimizer.init(jnp.zeros(3))
+      >>> sorted(state.hyperparams)
+      ['eps', 'learning_rate', 'prior', 'threshold']
+      >>> state.hyperparams["learning_rate"] = jnp.asarray(0.01)
+
+    .. seealso:: :func:`optax.inject_hyperparams`
+    """
+    known = inspect.signature(factory).parameters
+    return optax.inject_hyperparams(
+        factory,
+        static_args=[name for name in fixed if name in known],
+        hyperparam_dtype=jnp.float32,
+    )

@@ -9,6 +9,7 @@ import optax
 
 from classp_jax._arrays import (
     float_arrays,
+    kept,
     magnitude,
     require_same_tree,
     working_dtype,
@@ -40,28 +41,32 @@ class MaskToDensityState(NamedTuple):
     Minus infinity until the first gradients that are not all 0."""
 
 
-def exceeds(g: jax.Array, threshold: Any) -> jax.Array:
-    """Where ``|g|^2 > threshold``; true where ``g`` is NaN, so that it stays visible.
+def passes(g: jax.Array, threshold: Any) -> Any:
+    """Where ``|g|^2 > threshold``: bools like ``g``, or True for all of them.
 
-    At a threshold of 0 (or one below the smallest normal number of the working dtype)
-    this is ``g != 0``, also where the square of ``g`` would underflow to 0.
+    True where ``g`` is NaN, so that it stays visible. At a threshold of 0 (or one below
+    the smallest normal number of the working dtype) everything passes: a zero is
+    nothing to mask, and the derivative of what follows is not cut off there.
     """
+    cutoff = _cutoff(threshold, working_dtype(g))
+    if isinstance(threshold, float) and cutoff < 0:
+        return True
     # One comparison of one array: what XLA repeats rather than stores (_accumulate).
-    return ~(magnitude(g) <= _cutoff(threshold, working_dtype(g)))
+    return ~(magnitude(g) <= cutoff)
 
 
 def _cutoff(threshold: Any, dtype: Any) -> Any:
     """The largest ``x`` whose square, rounded to ``dtype``, is not above the threshold.
 
     Comparing ``|g|`` with it decides as comparing the rounded ``|g|^2`` would, without
-    its under- and overflow. It is within one step of the rounded root.
+    its under- and overflow. It is within one step of the rounded root; -1 at 0.
     """
     xp = np if isinstance(threshold, float) else jnp
     limits = jnp.finfo(dtype)
-    tau = xp.minimum(
-        xp.asarray(threshold, "float64" if xp is np else dtype), limits.max
-    )
-    tau = tau.astype(dtype)
+    if xp is jnp:
+        # The mask is a step function: its derivative is 0.
+        threshold = jax.lax.stop_gradient(jnp.asarray(threshold, dtype))
+    tau = xp.minimum(xp.asarray(threshold), limits.max).astype(dtype)
     root = xp.sqrt(xp.maximum(tau, xp.zeros_like(tau)))
     if xp is jnp:
         # XLA takes the square of a root for the number itself.
@@ -71,8 +76,7 @@ def _cutoff(threshold: Any, dtype: Any) -> Any:
     with np.errstate(over="ignore"):
         exact = xp.where(root * root <= tau, root, below)
         exact = xp.where(above * above <= tau, above, exact)
-    exact = xp.where(tau < limits.tiny, xp.zeros_like(root), exact)
-    return xp.where(tau < 0, -xp.ones_like(root), exact)
+    return xp.where(tau < limits.tiny, -xp.ones_like(root), exact)
 
 
 def mask_by_threshold(
@@ -127,9 +131,7 @@ def mask_by_threshold(
         del params, extra_args
         updates = float_arrays(updates, "gradient")
         tau = at_step(threshold, state.count)
-        updates = jax.tree.map(
-            lambda g: jnp.where(exceeds(g, tau), g, jnp.zeros_like(g)), updates
-        )
+        updates = jax.tree.map(lambda g: kept(passes(g, tau), g), updates)
         return updates, MaskByThresholdState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,14 +15,13 @@ from classp_jax._hyperparams import cast
 
 
 def power_of_magnitude(magnitude: jax.Array, power: Any) -> jax.Array:
-    """``magnitude ** power``, elementwise, for ``magnitude >= 0``."""
+    """``magnitude ** power``, elementwise, for ``magnitude >= 0``.
+
+    Its derivatives at 0 are 0, also where a root's or a logarithm's would be infinite.
+    """
     if isinstance(power, float):
-        if power == 0.5:
-            return jnp.sqrt(magnitude)
         if power == 1.0:
             return magnitude
-        if power == 1.5:
-            return magnitude * jnp.sqrt(magnitude)
         if power == 2.0:
             return magnitude * magnitude
         if power == 3.0:
@@ -30,7 +29,15 @@ def power_of_magnitude(magnitude: jax.Array, power: Any) -> jax.Array:
         if power == 4.0:
             square = magnitude * magnitude
             return square * square
-    return jnp.power(magnitude, cast(power, magnitude.dtype))
+    zero = magnitude == 0
+    x = jnp.where(zero, jnp.ones_like(magnitude), magnitude)
+    if isinstance(power, float) and power == 0.5:
+        result = jnp.sqrt(x)
+    elif isinstance(power, float) and power == 1.5:
+        result = x * jnp.sqrt(x)
+    else:
+        result = jnp.power(x, cast(power, x.dtype))
+    return jnp.where(zero, jnp.zeros_like(result), result)
 
 
 def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
@@ -66,8 +73,9 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
         if power == 4.0:
             return g / jnp.sqrt(jnp.sqrt(base))
     # Half of the root, twice: the whole of it may leave the range where the result
-    # does not.
+    # does not. Bounded, as a g of 0 times infinity would be NaN.
     half = jnp.power(base, -0.5 / cast(power, base.dtype))
+    half = jnp.minimum(half, jnp.asarray(jnp.finfo(half.dtype).max, half.dtype))
     return g * half * half
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._accumulate import ScaleByGeneralizedAdagradState, scaled
-from classp_jax._arrays import float_arrays, magnitude, require_same_shapes
-from classp_jax._classp import constant_or_schedule
+from classp_jax._arrays import float_arrays, kept, magnitude, require_same_shapes
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -95,6 +94,7 @@ def classp_published(
                 lambda w: jnp.zeros_like(w, dtype=jnp.finfo(w.dtype).dtype),
                 params,
             ),
+            mean_square=jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
         )
 
     def update_fn(
@@ -108,27 +108,27 @@ def classp_published(
         require_same_shapes(updates, state.accumulator)
         tau = at_step(threshold, state.count)
         scale_now = at_step(scaling, state.count)
+        rate = at_step(learning_rate, state.count)
         gates = jax.tree.map(lambda g: _gate(g, tau), updates)
         accumulator = jax.tree.map(
-            lambda g, a, gate: jnp.where(gate, a + jnp.abs(g).astype(a.dtype), a),
+            lambda g, a, gate: a + kept(gate, jnp.abs(g).astype(a.dtype)),
             updates,
             state.accumulator,
             gates,
         )
         updates = jax.tree.map(
-            lambda g, a, gate: scaled(g, a, gate, power, eps, scaling=scale_now),
+            lambda g, a, gate: (
+                -cast(rate, g.dtype) * scaled(g, a, gate, power, eps, scale_now)
+            ),
             updates,
             accumulator,
             gates,
         )
         return updates, ScaleByGeneralizedAdagradState(
-            count=optax.safe_increment(state.count), accumulator=accumulator
+            optax.safe_increment(state.count), accumulator, state.mean_square
         )
 
-    return optax.chain(
-        optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        optax.scale_by_learning_rate(constant_or_schedule(learning_rate)),
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _gate(g: jax.Array, threshold: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import pytest
 import classp_jax
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-SCHEDULABLE = ("learning_rate", "threshold", "scaling", "density")
+SCHEDULABLE = ("learning_rate", "threshold", "scaling", "density", "window", "frozen")
 STEPS = 4
 
 
@@ -70,6 +70,34 @@ CASES = {
         )
         for power, threshold in ((1.0, 0.0), (1.7, 1e-4), (3.0, 1e-4))
     },
+    "classp_in_leaf_units": _case(
+        classp_jax.classp,
+        {"eps_unit": "leaf"},
+        learning_rate=0.5,
+        threshold=1e-4,
+        power=2.0,
+        eps=3.0,
+        prior=0.2,
+        window=5.0,
+        scaling=True,
+    ),
+    "scale_in_tree_units": _case(
+        classp_jax.scale_by_generalized_adagrad,
+        {"eps_unit": "tree"},
+        power=1.0,
+        eps=3.0,
+        prior=0.5,
+        window=20.0,
+        scaling=True,
+    ),
+    "protect": _case(
+        functools.partial(classp_jax.protect, optax.scale_by_rms(0.9)),
+        power=1.5,
+        eps=0.3,
+        prior=0.5,
+        window=9.0,
+        frozen=False,
+    ),
     "classp_published": _case(
         classp_jax.classp_published,
         learning_rate=0.2,
@@ -282,7 +310,9 @@ HYPERPARAMS = [
 # see one that is ignored.
 @pytest.mark.parametrize(("case", "name"), HYPERPARAMS)
 def test_every_hyperparameter_matters(case: Case, name: str):
-    other = {"threshold": 1.5, "scaling": False}.get(name, case.hyperparams[name] / 2)
+    other = {"threshold": 1.5, "scaling": False, "frozen": True}.get(
+        name, case.hyperparams[name] / 2
+    )
     found = run(case.make(), params_tree(), GRADIENTS)
     different = run(case.make(**{name: other}), params_tree(), GRADIENTS)
     same = jax.tree.map(jnp.array_equal, found, different)
@@ -296,7 +326,7 @@ def test_map_params_reaches_the_accumulator_and_not_the_count(case: Case):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     for before, after in zip(owned(state), owned(mapped), strict=True):
         assert int(after.count) == int(before.count) == STEPS
-        for field in set(before._fields) - {"count"}:
+        for field in set(before._fields) - {"count", "mean_square"}:
             assert_close(
                 getattr(after, field),
                 jax.tree.map(lambda v: v + jnp.ones_like(v), getattr(before, field)),
@@ -460,7 +490,7 @@ def test_a_schedule_equals_one_transform_taking_over_from_another(
     case: Case, name: str
 ):
     first = case.hyperparams[name]
-    second = False if first is True else 1.3 * first + 1e-3
+    second = not first if isinstance(first, bool) else 1.3 * first + 1e-3
     before, after = case.make(), case.make(**{name: second})
     params = params_tree()
     updates, state = run(before, params, GRADIENTS[:2])
@@ -478,13 +508,14 @@ def test_the_state_never_depends_on_a_hyperparameters_value(case: Case):
     reference = case.make()
     state = reference.init(params)
     wanted = avals(state), jax.tree.structure(state)
+    hyper = case.hyperparams
     variants: list[dict[str, Any]] = []
     for name, value in case.hyperparams.items():
-        other = False if value is True else 0.5 * value
+        other = not value if isinstance(value, bool) else 0.5 * value
         variants += [{name: other}, {name: jnp.asarray(other)}]
         if name in SCHEDULABLE:
             variants.append({name: lambda step, other=other: jnp.asarray(other)})
-        if name in ("threshold", "eps", "prior"):
+        if name in ("threshold", "prior") or (name == "eps" and "frozen" not in hyper):
             variants.append({name: 0.0})
         if name == "power":
             variants += [{name: power} for power in (0.5, 1, 1.5, 2, 2.2, 3, 4)]
@@ -562,7 +593,7 @@ def test_vmap_over_hyperparameters_equals_a_loop(case: Case):
     variants = [
         case.hyperparams,
         {
-            name: False if value is True else 0.8 * value + 1e-3
+            name: not value if isinstance(value, bool) else 0.8 * value + 1e-3
             for name, value in case.hyperparams.items()
         },
     ]

@@ -130,10 +130,10 @@ def test_published_takes_a_tensor_whose_squares_underflow_for_dead(dtype, magnit
         g = jnp.asarray(w.grad.float().numpy()).astype(dtype)
         _, state = jax.jit(tx.update)(g, tx.init(g))
         np.testing.assert_array_equal(
-            state[0].accumulator.astype(jnp.float32),
+            state.accumulator.astype(jnp.float32),
             optimizer.accumulator(w).float().numpy(),
         )
-        moved.append(bool((state[0].accumulator != 0).any()))
+        moved.append(bool((state.accumulator != 0).any()))
     assert moved == sorted(moved)
     assert set(moved) == {False, True}
 

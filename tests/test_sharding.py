@@ -83,7 +83,7 @@ def descend_on_one_device(tx: Any) -> tuple[Any, Any]:
 
 def test_the_descent_moves_some_weights_and_leaves_others():
     params, state = descend_on_one_device(OPTIMIZERS["classp"])
-    free = np.concatenate([np.ravel(a == 0) for a in state[0].accumulator.values()])
+    free = np.concatenate([np.ravel(a == 0) for a in state.accumulator.values()])
     assert 0.05 < np.mean(free) < 0.95
     moved = jax.tree.map(lambda w, start: w != start, params, initial_params())
     np.testing.assert_array_equal(
@@ -178,7 +178,7 @@ def test_the_accumulator_is_sharded_as_the_parameters_are():
     for state in (tx.init(params), jax.jit(tx.init)(params)):
         for _ in range(2):
             _, state = jax.jit(tx.update)(params, state, params)
-            accumulator = state[0].accumulator
+            accumulator = state.accumulator
             for name, sharding in layout.items():
                 leaf = accumulator[name]
                 assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name

@@ -1,0 +1,162 @@
+"""CLASSP's brake on any other optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from classp_jax._accumulate import Accumulation, ScaleByGeneralizedAdagradState
+from classp_jax._arrays import float_arrays, require_same_shapes, working_dtype
+from classp_jax._hyperparams import (
+    Scalar,
+    ScalarOrSchedule,
+    at_step,
+    cast,
+    positive,
+    switch,
+)
+from classp_jax._powers import divide_by_root
+
+
+class ProtectState(NamedTuple):
+    """State of :func:`protect`."""
+
+    importance: ScaleByGeneralizedAdagradState
+    """What the brake keeps: a step count and the accumulators."""
+    inner_state: optax.OptState
+    """The state of the optimizer that is braked."""
+
+
+def protect(
+    inner: optax.GradientTransformation,
+    power: Scalar = 1.0,
+    eps: Scalar = 0.1,
+    *,
+    prior: Scalar = 0.0,
+    window: ScalarOrSchedule | None = None,
+    eps_unit: str | None = None,
+    frozen: bool | ScalarOrSchedule = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Brakes any optimizer where weights have received many gradients.
+
+    The update :math:`u_t` that ``inner`` makes, momentum, weight decay, learning rate
+    and all, is multiplied by a number in (0, 1]:
+
+    .. math::
+      A_t = A_{t-1} + |g_t|^p, \qquad
+      w_t = w_{t-1} + \left( \frac{\varepsilon}{\varepsilon + A_t} \right)^{1/p} u_t
+
+    :math:`A` sums the *raw* gradients :math:`g_t`, as ``protect`` receives them, and
+    not the updates: Adam's are all of about one size, and would fill every accumulator
+    alike. So put ``protect`` outermost, gradient clipping and accumulation
+    (``optax.MultiSteps``) around it. ``protect(optax.sgd(alpha), eps=eps)`` is
+    :func:`classp` with the learning rate :math:`\alpha\,\varepsilon^{1/p}`.
+
+    When to take which. To fine-tune a network that must not lose what it knows: fill
+    the accumulators from old data with :func:`accumulate_importance` first, then brake
+    the optimizer you would have used (``frozen=True``: what the old data says is all
+    that counts) or go on accumulating. For transformers trained from nothing on a
+    stream of tasks, the brake on Adam or RMSProp kept more than :func:`classp` did; for
+    multilayer perceptrons :func:`classp` is the better one.
+
+    Args:
+      inner: the optimizer to brake, any gradient transformation.
+      power: :math:`p > 0`, how fast a weight slows down; a number or a scalar array. As
+        the next four see :func:`scale_by_generalized_adagrad`.
+      eps: :math:`\varepsilon > 0`, the accumulated gradient at which a weight moves
+        half as far (at ``power=1``).
+      prior: the number of gradients that an accumulator begins with.
+      window: the number of steps that are remembered; None for all.
+      eps_unit: what epsilon is measured in: None, ``"leaf"`` or ``"tree"``.
+      frozen: whether accumulators stay as they are, so that only what
+        :func:`accumulate_importance` put there brakes; a bool, a schedule
+        ``step -> bool`` or a scalar array.
+      accumulator_dtype: dtype of :math:`A`, by default at least float32.
+
+    Returns:
+      An optimizer whose updates have the shapes and dtypes of ``inner``'s. Its state is
+      :class:`ProtectState`: that of ``inner``, a step count, one real array the size of
+      the parameters and one number a leaf.
+
+    Raises:
+      ValueError: if a number is out of its range, infinite or NaN, or if the gradients'
+        tree or shapes are not those of the state.
+      TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
+
+    Example:
+      >>> import classp_jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> optimizer = classp_jax.protect(optax.adam(0.1), eps=1.0, frozen=True)
+      >>> params = jnp.array([1.0, 1.0])
+      >>> old_gradients = jnp.array([9.0, 0.0])
+      >>> state = classp_jax.accumulate_importance(
+      ...     optimizer, optimizer.init(params), params, old_gradients
+      ... )
+      >>> updates, state = optimizer.update(jnp.array([2.0, 2.0]), state, params)
+      >>> print(updates)
+      [-0.01 -0.1 ]
+
+    .. seealso:: :func:`classp`, :func:`accumulate_importance`,
+      :func:`classp_jax.regularizers.l2_to_anchor`
+    """
+    rule = Accumulation.checked(
+        power, positive("eps", eps), prior, window, eps_unit, accumulator_dtype
+    )
+    frozen = switch("frozen", frozen)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> ProtectState:
+        return ProtectState(rule.init(params), inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        accumulate_importance: bool = False,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProtectState]:
+        gradients = float_arrays(updates, "gradient")
+        old = state.importance
+        require_same_shapes(gradients, old.accumulator)
+        if accumulate_importance:
+            extra_args["accumulate_importance"] = True
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        leaves = jax.tree.leaves(gradients)
+        new, _ = rule.grown(leaves, [True] * len(leaves), old)
+        held = False if accumulate_importance else at_step(frozen, old.count)
+        new = new._replace(accumulator=_held(held, old.accumulator, new.accumulator))
+        # Where no unit is known yet nothing moves.
+        epsilons = rule.eps_of_leaves([g.size for g in leaves], old, 0.0)
+        moves, tree = jax.tree.flatten(updates)
+        sums = jax.tree.leaves(new.accumulator)
+        braked = [
+            _braked(u, a, rule.power, e)
+            for u, a, e in zip(moves, sums, epsilons, strict=True)
+        ]
+        return tree.unflatten(braked), ProtectState(new, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _held(held: Any, old: Any, new: Any) -> Any:
+    if isinstance(held, bool):
+        return old if held else new
+    held = jnp.asarray(held).astype(bool)
+    return jax.tree.map(lambda o, n: jnp.where(held, o, n), old, new)
+
+
+def _braked(u: jax.Array, a: jax.Array, power: Any, eps: Any) -> jax.Array:
+    """``u * (eps / (eps + a))^(1/power)``, in u's dtype; ``u`` itself where a is 0."""
+    dtype = np.promote_types(working_dtype(u), a.dtype)
+    empty = a == 0
+    safe = jnp.where(empty, jnp.zeros_like(a), a).astype(dtype)
+    base = 1 + jnp.where(empty, jnp.zeros_like(safe), safe / cast(eps, dtype))
+    wide = u.astype(np.promote_types(u.dtype, dtype))
+    return divide_by_root(wide, base, power).astype(u.dtype)

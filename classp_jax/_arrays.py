@@ -113,3 +113,31 @@ def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> N
                 f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
                 f"the optimizer state was initialised for shape {jnp.shape(r)}."
             )
+
+
+def require_state(state: Any, kind: type, method: str) -> None:
+    """Raises TypeError unless the state is one of this method's."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{method} was given a state of another transform: {kind.__name__} is "
+            f"needed, got {type(state).__name__}."
+        )
+
+
+def _is_variable(node: Any) -> bool:
+    # Told by what it offers: the core does not import Flax.
+    return hasattr(type(node), "get_raw_value")
+
+
+def unwrapped(tree: Any) -> Any:
+    """The tree with arrays in the places of Flax NNX's variables."""
+    return jax.tree.map(
+        lambda node: node.get_raw_value() if _is_variable(node) else node,
+        tree,
+        is_leaf=_is_variable,
+    )
+
+
+def wrapped_like(tree: Any, original: Any) -> Any:
+    """The tree's arrays in the places, or the variables, that ``original`` has."""
+    return jax.tree.unflatten(jax.tree.structure(original), jax.tree.leaves(tree))

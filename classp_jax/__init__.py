@@ -1,19 +1,21 @@
 """CLASSP for JAX: continual learning inside the optimizer, as Optax transforms."""
 
+from classp_jax import regularizers
 from classp_jax._accumulate import (
     ScaleByGeneralizedAdagradState,
     scale_by_generalized_adagrad,
 )
 from classp_jax._classp import classp
+from classp_jax._density import MaskToDensityState, mask_to_density
 from classp_jax._hyperparams import inject_hyperparams
 from classp_jax._importance import accumulate_importance
-from classp_jax._inspect import free_fraction, mean_accumulator, update_density
-from classp_jax._masks import (
-    MaskByThresholdState,
-    MaskToDensityState,
-    mask_by_threshold,
-    mask_to_density,
+from classp_jax._inspect import (
+    accumulators,
+    free_fraction,
+    mean_accumulator,
+    update_density,
 )
+from classp_jax._masks import MaskByThresholdState, mask_by_threshold
 from classp_jax._protect import ProtectState, protect
 from classp_jax._published import classp_published
 
@@ -25,6 +27,7 @@ __all__ = [
     "ProtectState",
     "ScaleByGeneralizedAdagradState",
     "accumulate_importance",
+    "accumulators",
     "classp",
     "classp_published",
     "free_fraction",
@@ -33,6 +36,7 @@ __all__ = [
     "mask_to_density",
     "mean_accumulator",
     "protect",
+    "regularizers",
     "scale_by_generalized_adagrad",
     "update_density",
 ]

@@ -1,5 +1,6 @@
 """Arrays and trees of them: dtypes, paths, and checks that name the leaf."""
 
+import math
 from typing import Any
 
 import jax
@@ -57,6 +58,20 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(checked, tree)
 
 
+def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> tuple[jax.Array, float]:
+    """The sum over the whole leaf, and its size.
+
+    Inside ``jax.shard_map`` a leaf is whole over the mesh axes over which ``x`` varies
+    and ``like``, a number that is kept for the leaf, does not.
+    """
+    kinds: list[Any] = [jax.typeof(x), jax.typeof(like)]
+    of_x, of_like = (kind.manual_axis_type.varying for kind in kinds)
+    names = tuple(of_x - of_like)
+    total = jnp.sum(x, dtype=dtype)
+    size = float(x.size * math.prod(map(jax.lax.axis_size, names)))
+    return (jax.lax.psum(total, names) if names else total), size
+
+
 def wide_zeros(tree: Any, dtype: Any = None) -> Any:
     """Zeros of the leaves' shapes, in ``dtype`` or by default the working dtype."""
     return jax.tree.map(
@@ -98,3 +113,31 @@ def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> N
                 f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
                 f"the optimizer state was initialised for shape {jnp.shape(r)}."
             )
+
+
+def require_state(state: Any, kind: type, method: str) -> None:
+    """Raises TypeError unless the state is one of this method's."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{method} was given a state of another transform: {kind.__name__} is "
+            f"needed, got {type(state).__name__}."
+        )
+
+
+def _is_variable(node: Any) -> bool:
+    # Told by what it offers: the core does not import Flax.
+    return hasattr(type(node), "get_raw_value")
+
+
+def unwrapped(tree: Any) -> Any:
+    """The tree with arrays in the places of Flax NNX's variables."""
+    return jax.tree.map(
+        lambda node: node.get_raw_value() if _is_variable(node) else node,
+        tree,
+        is_leaf=_is_variable,
+    )
+
+
+def wrapped_like(tree: Any, original: Any) -> Any:
+    """The tree's arrays in the places, or the variables, that ``original`` has."""
+    return jax.tree.unflatten(jax.tree.structure(original), jax.tree.leaves(tree))

@@ -1,6 +1,19 @@
-"""Protecting weights that were trained elsewhere, before fine-tuning."""
+"""Filling the accumulators from old data, before fine-tuning."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
+
+from classp_jax._arrays import (
+    path_name,
+    unwrapped,
+    working_dtype,
+    wrapped_like,
+)
+from classp_jax._compiled import compiled
+from classp_jax._hyperparams import Scalar, cast, non_negative
 
 
 def accumulate_importance(
@@ -8,30 +21,65 @@ def accumulate_importance(
     state: optax.OptState,
     params: optax.Params,
     gradients: optax.Updates,
-) -> optax.OptState:
-    """Fills the accumulators from gradients of old data, without moving a weight.
+    *,
+    per_example: bool = False,
+    strength: Scalar = 1.0,
+    **extra_args: Any,
+) -> Any:
+    r"""Fills the accumulators from gradients of old data, without moving a weight.
 
     For a network that was not trained with CLASSP, such as a pretrained checkpoint:
-    run batches of what it already knows through this function, then fine-tune with the
-    state it returns. Weights that mattered to the old data have large accumulators by
-    then and move little. It runs the transform and throws the updates away, so what
-    counts as an accepted gradient (``threshold``) and as a term of the sum (``power``)
-    is as in training, and so is what else the transform keeps: step counts advance,
-    momentum builds up. The sum grows with the number of batches; that number is how
-    strongly the old knowledge is protected. Gradients of single examples say more than
-    those of batches, in whose mean what the examples disagree on cancels.
+    run what it already knows through this function, then fine-tune with the state it
+    returns. Weights that mattered to the old data have large accumulators by then and
+    move little. The sum grows with the number of gradients; that number, times
+    ``strength``, is how strongly the old knowledge is protected.
+
+    It runs the transform's own update once a gradient and keeps of the new state the
+    accumulators only. What is accepted (``threshold``) and what is added (``power``,
+    ``prior``) is as in training. Step counts, schedules, momenta and inner optimizers
+    stay as they were: a schedule is read at the state's current count in every call,
+    and momentum in front of CLASSP adds what it would add to the next step.
+
+    Gradients of single examples (``per_example=True``) say more than those of batches,
+    in whose mean cancels what the examples disagree on, and come closer to the Fisher
+    information; a batch takes one gradient where they take one an example. Prefer them
+    where time allows::
+
+      gradient = jax.vmap(jax.grad(loss), in_axes=(None, 0))
+      state = accumulate_importance(
+          tx, state, params, gradient(params, examples), per_example=True
+      )
+
+    In a loop over batches of examples, do both in one compiled function.
+
+    With Flax NNX: ``optimizer.opt_state = accumulate_importance(optimizer.tx,
+    optimizer.opt_state, nnx.state(model, nnx.Param), gradients)``. With Linen's
+    ``TrainState``, give and replace its ``opt_state``.
 
     Args:
-      tx: the optimizer, or any transform around it.
+      tx: the optimizer, or any transform around it. Not ``optax.MultiSteps``, which
+        hands on a gradient only every k-th step: fill what stands inside it.
       state: its state, such as ``tx.init(params)``.
       params: the parameters at which the gradients were taken.
-      gradients: one batch's gradients, a tree like ``params``.
+      gradients: one batch's gradients, a tree like ``params``; with ``per_example`` a
+        tree of ``[examples, *shape]``. A NaN or infinite gradient shows as NaN or
+        infinity in the accumulator.
+      per_example: whether the gradients have a leading axis of examples, over which
+        :math:`|g|^p` is summed.
+      strength: what the amount that this call adds is multiplied by; a number of at
+        least 0 or a scalar array.
+      **extra_args: what ``tx.update`` takes beyond gradients, state and parameters.
+        ``accumulate_importance=True`` is added to it, for transforms that accumulate
+        here only (``protect(frozen=True)``).
 
     Returns:
       The new state, with the tree, shapes and dtypes of ``state``.
 
     Raises:
-      ValueError, TypeError: as the transform's own update.
+      ValueError: if the gradients' tree or shapes are not those of ``params``, if the
+        state holds no accumulator, or one inside ``optax.MultiSteps``; as the
+        transform's own update.
+      TypeError: as the transform's own update.
 
     Example:
       >>> import classp_jax
@@ -40,15 +88,119 @@ def accumulate_importance(
       >>> tx = classp_jax.classp(0.1)
       >>> params = jnp.array([1.0, -2.0])
       >>> old_data = jnp.array([[1.0, 0.0], [3.0, 0.0]])
-      >>> gradient = jax.grad(lambda w, x: (w @ x) ** 2)
-      >>> def body(state, x):
-      ...     return classp_jax.accumulate_importance(
-      ...         tx, state, params, gradient(params, x)
-      ...     ), None
-      >>> state, _ = jax.lax.scan(body, tx.init(params), old_data)
-      >>> print(classp_jax.free_fraction(state))
-      0.5
+      >>> gradient = jax.vmap(jax.grad(lambda w, x: w @ x), in_axes=(None, 0))
+      >>> state = classp_jax.accumulate_importance(
+      ...     tx, tx.init(params), params, gradient(params, old_data), per_example=True
+      ... )
+      >>> print(classp_jax.accumulators(state))
+      [4. 0.]
     """
-    tx = optax.with_extra_args_support(tx)
-    _, state = tx.update(gradients, state, params, accumulate_importance=True)
-    return state
+    strength = non_negative("strength", strength)
+    original = state
+    state, params, gradients, extra_args = unwrapped(
+        (state, params, gradients, extra_args)
+    )
+    _require_accumulators(state)
+    _require_gradients_of(params, gradients, per_example=per_example)
+    update = optax.with_extra_args_support(tx).update
+
+    def filled(state: Any, gradients: Any, params: Any, extra_args: Any) -> Any:
+        _, new = update(
+            gradients, state, params, **extra_args, accumulate_importance=True
+        )
+        return _with_accumulators(state, new, lambda _, new: new)
+
+    def filled_by_each(_: Any, state: Any, gradients: Any, *others: Any) -> Any:
+        return jax.lax.scan(
+            lambda state, g: (filled(state, g, *others), None), state, gradients
+        )[0]
+
+    def strengthened(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not (isinstance(strength, float) and strength == 1):
+            old_wide = old.astype(new.dtype)
+            new = old_wide + cast(strength, new.dtype) * (new - old_wide)
+        return new.astype(old.dtype)
+
+    # Narrow accumulators are rounded once, at the end.
+    wide = _with_accumulators(state, state, lambda a, _: a.astype(working_dtype(a)))
+    arguments = (wide, gradients, params, extra_args)
+    if per_example:
+        new = compiled(filled_by_each, (), *arguments)((), *arguments)
+    else:
+        new = filled(*arguments)
+    return wrapped_like(_with_accumulators(state, new, strengthened), original)
+
+
+def is_accumulating(node: Any) -> bool:
+    """Whether the node is a transform's state with accumulators of its own."""
+    return "accumulator" in getattr(type(node), "_fields", ())
+
+
+def accumulating_nodes(state: Any) -> list[Any]:
+    """Every such state within a state, those inside one another too."""
+    found = []
+    for node in jax.tree.leaves(state, is_leaf=is_accumulating):
+        if is_accumulating(node):
+            found += [node, *accumulating_nodes(_other_fields(node))]
+    return found
+
+
+def _other_fields(node: Any) -> dict[str, Any]:
+    return {k: v for k, v in node._asdict().items() if k != "accumulator"}
+
+
+def _with_accumulators(old: Any, new: Any, combine: Any) -> Any:
+    """The old state with ``combine(old, new)`` of every pair of accumulators in it."""
+
+    def combined(o: Any, n: Any) -> Any:
+        if not is_accumulating(o):
+            return o
+        others = _with_accumulators(_other_fields(o), _other_fields(n), combine)
+        accumulator = jax.tree.map(combine, o.accumulator, n.accumulator)
+        return o._replace(accumulator=accumulator, **others)
+
+    return jax.tree.map(combined, old, new, is_leaf=is_accumulating)
+
+
+def _require_accumulators(state: Any) -> None:
+    def is_multi_steps(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if not accumulating_nodes(state):
+        raise ValueError(
+            "This optimizer state holds no CLASSP accumulator to fill: it does not "
+            "come from classp, protect, classp_published or "
+            "scale_by_generalized_adagrad."
+        )
+    for node in jax.tree.leaves(state, is_leaf=is_multi_steps):
+        if is_multi_steps(node) and accumulating_nodes(node):
+            raise ValueError(
+                "optax.MultiSteps hands on a gradient only every k-th step: fill the "
+                "accumulators of the optimizer inside it, then put its state back, "
+                "state._replace(inner_opt_state=...)."
+            )
+
+
+def _require_gradients_of(params: Any, gradients: Any, *, per_example: bool) -> None:
+    if jax.tree.structure(gradients) != jax.tree.structure(params):
+        raise ValueError(
+            "The gradients do not have the tree of the parameters. Parameters: "
+            f"{jax.tree.structure(params)}. Gradients: {jax.tree.structure(gradients)}."
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree.leaves(params),
+        strict=True,
+    )
+    examples = None
+    for (path, g), w in pairs:
+        shape, wanted = jnp.shape(g), jnp.shape(w)
+        if per_example:
+            examples = shape[:1] if examples is None else examples
+            wanted = (*(examples or ("examples",)), *wanted)
+        if shape != wanted:
+            hint = "" if per_example else "; per_example=True takes one an example"
+            raise ValueError(
+                f"The gradient of '{path_name(path)}' has shape {shape}, not {wanted}"
+                f"{hint}."
+            )

@@ -1,71 +1,67 @@
 """What an optimizer state and an update tell: density, accumulator, free weights."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._accumulate import ScaleByGeneralizedAdagradState
-from classp_jax._arrays import path_name
+from classp_jax._arrays import path_name, unwrapped, working_dtype
+from classp_jax._importance import accumulating_nodes
 
 
-@overload
-def update_density(
-    updates: optax.Updates, *, per_leaf: Literal[False] = False
-) -> jax.Array: ...
-@overload
-def update_density(
-    updates: optax.Updates, *, per_leaf: Literal[True]
-) -> dict[str, jax.Array]: ...
-def update_density(
-    updates: optax.Updates, *, per_leaf: bool = False
-) -> jax.Array | dict[str, jax.Array]:
-    """The share of weights that an update moves: that is not exactly 0.
+def accumulators(state: Any) -> Any:
+    """The accumulators in an optimizer state, as a tree like the parameters.
 
     Args:
-      updates: a tree of updates or of masked gradients. NaN counts as moving.
-      per_leaf: whether to return the share of each leaf instead of that of all.
+      state: any optimizer state that holds CLASSP's somewhere: chained, masked,
+        partitioned, injected, or wrapped in another transform's. The state of an
+        ``nnx.Optimizer`` and a Linen ``TrainState`` are such, too.
 
     Returns:
-      A float32 scalar in [0, 1], or a dict of such by the leaf's path
-      (``"encoder/kernel"``). The share of no weights at all is 0.
+      A tree like the parameters, of arrays in units of ``|g|^p``. Where several
+      transforms have a part of the weights each, their parts are put together; where
+      none has, an ``optax.MaskedNode`` stands.
+
+    Raises:
+      ValueError: if the state holds no accumulator, two for the same weight, or
+        accumulators of different trees of parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import classp_jax
-      >>> print(classp_jax.update_density({"w": jnp.array([0.0, 0.1, 0.0, -2.0])}))
-      0.5
+      >>> optimizer = classp_jax.classp(0.1)
+      >>> g = {"w": jnp.array([1.0, -3.0])}
+      >>> _, state = optimizer.update(g, optimizer.init(g))
+      >>> print(classp_jax.accumulators(state)["w"])
+      [1. 3.]
     """
-    return _mean_over(_paths(updates), lambda u: u != 0, per_leaf)
+    first, *others = [node.accumulator for node in accumulating_nodes(state)] or [None]
+    if first is None:
+        raise ValueError(
+            "This optimizer state holds no CLASSP accumulator: it does not come from "
+            "classp, protect, classp_published or scale_by_generalized_adagrad."
+        )
+    tree = unwrapped(first)
+    for other in others:
+        tree = _put_together(tree, unwrapped(other), ())
+    return tree
 
 
-@overload
-def mean_accumulator(
-    state: optax.OptState, *, per_leaf: Literal[False] = False
-) -> jax.Array: ...
-@overload
-def mean_accumulator(
-    state: optax.OptState, *, per_leaf: Literal[True]
-) -> dict[str, jax.Array]: ...
-def mean_accumulator(
-    state: optax.OptState, *, per_leaf: bool = False
-) -> jax.Array | dict[str, jax.Array]:
+def mean_accumulator(state: Any, *, per_leaf: bool = False) -> Any:
     """The mean of CLASSP's accumulator over all weights: ``average_grad_sum``.
 
     Args:
-      state: any optimizer state that holds CLASSP's somewhere: chained, masked,
-        partitioned, injected, or wrapped in another transform's.
+      state: an optimizer state, as for :func:`accumulators`.
       per_leaf: whether to return the mean of each leaf instead of that of all.
 
     Returns:
-      A float32 scalar, in units of ``|g|^p``, or a dict of such by the leaf's path.
-      The mean over no weights is 0. In the state of an ``nnx.Optimizer`` paths end in
-      ``/value``; ``nnx.as_pure(state)`` has them without.
+      A float32 scalar, in units of ``|g|^p``, or a tree of such, like
+      :func:`accumulators`. The mean over no weights is 0.
 
     Raises:
-      ValueError: if the state holds no accumulator, or two for the same weight.
+      ValueError: as :func:`accumulators`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,32 +72,34 @@ def mean_accumulator(
       >>> print(classp_jax.mean_accumulator(state))
       2.0
     """
-    return _mean_over(_accumulators(state), lambda a: a, per_leaf)
+    return _mean(accumulators(state), lambda a: a, per_leaf=per_leaf)
 
 
-@overload
-def free_fraction(
-    state: optax.OptState, *, per_leaf: Literal[False] = False
-) -> jax.Array: ...
-@overload
-def free_fraction(
-    state: optax.OptState, *, per_leaf: Literal[True]
-) -> dict[str, jax.Array]: ...
-def free_fraction(
-    state: optax.OptState, *, per_leaf: bool = False
-) -> jax.Array | dict[str, jax.Array]:
-    """The share of weights that never moved: whose accumulator is exactly 0.
+def free_fraction(state: Any, *, per_leaf: bool = False) -> Any:
+    """The share of weights that nothing holds back: whose accumulator is still empty.
+
+    Empty is an accumulator of 0, or below the smallest normal number of the dtype that
+    CLASSP computes in, which it treats as 0. A prior begins only then. An accumulator
+    says what has been added to it, which is not quite whether the weight has moved:
+
+    - A weight that moved on gradients whose power ``|g|^p`` underflowed still counts as
+      free, as it is: its next step is what its first was.
+    - A weight with an accumulator from ``accumulate_importance`` is not free, though it
+      has not moved since; likewise under ``scaling=False`` and in ``protect``.
+    - With a window, a weight that moved long ago is nearly free, but is counted only
+      once its accumulator has underflowed. Look at the size of :func:`accumulators`
+      there instead.
 
     Args:
-      state: an optimizer state, as for :func:`mean_accumulator`.
+      state: an optimizer state, as for :func:`accumulators`.
       per_leaf: whether to return the share of each leaf instead of that of all.
 
     Returns:
-      A float32 scalar in [0, 1], or a dict of such by the leaf's path. The share of
-      no weights at all is 0.
+      A float32 scalar in [0, 1], or a tree of such, like :func:`accumulators`. The
+      share of no weights at all is 0. NaN does not count as free.
 
     Raises:
-      ValueError: if the state holds no accumulator, or two for the same weight.
+      ValueError: as :func:`accumulators`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,54 +110,74 @@ def free_fraction(
       >>> print(classp_jax.free_fraction(state))
       0.5
     """
-    return _mean_over(_accumulators(state), lambda a: a == 0, per_leaf)
+
+    def is_empty(a: jax.Array) -> jax.Array:
+        wide = working_dtype(a)
+        return a.astype(wide) < jnp.finfo(wide).tiny
+
+    return _mean(accumulators(state), is_empty, per_leaf=per_leaf)
 
 
-def _paths(tree: Any) -> dict[str, jax.Array]:
-    return {
-        path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def update_density(updates: Any, *, per_leaf: bool = False) -> Any:
+    """The share of weights that an update moves: that is not exactly 0.
+
+    Args:
+      updates: a tree of updates or of masked gradients. NaN counts as moving.
+      per_leaf: whether to return the share of each leaf instead of that of all.
+
+    Returns:
+      A float32 scalar in [0, 1], or a tree of such, like ``updates``. The share of no
+      weights at all is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import classp_jax
+      >>> print(classp_jax.update_density({"w": jnp.array([0.0, 0.1, 0.0, -2.0])}))
+      0.5
+    """
+    return _mean(unwrapped(updates), lambda u: u != 0, per_leaf=per_leaf)
 
 
-def _accumulators(state: optax.OptState) -> dict[str, jax.Array]:
-    """Every accumulator leaf in the state, by the path of its parameter."""
-
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, ScaleByGeneralizedAdagradState)
-
-    found: dict[str, jax.Array] = {}
-    ours = [s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)]
-    if not ours:
+def _put_together(one: Any, other: Any, path: tuple[Any, ...]) -> Any:
+    """Two trees with masked places as one, where at most one of them has each leaf."""
+    if isinstance(one, optax.MaskedNode):
+        return other
+    if isinstance(other, optax.MaskedNode):
+        return one
+    # One level deep.
+    children, tree = jax.tree_util.tree_flatten_with_path(one, lambda x: x is not one)
+    others, other_tree = jax.tree.flatten(other, lambda x: x is not other)
+    if tree != other_tree:
         raise ValueError(
-            "This optimizer state holds no CLASSP accumulator: it does not come from "
-            "classp, classp_published or scale_by_generalized_adagrad."
+            "This optimizer state holds accumulators of different trees of parameters: "
+            "look at the state of each optimizer alone."
         )
-    for part in ours:
-        for path, leaf in _paths(part.accumulator).items():
-            if path in found:
-                raise ValueError(
-                    f"This optimizer state holds two accumulators for '{path}'."
-                )
-            found[path] = leaf
-    return found
+    if jax.tree_util.treedef_is_leaf(tree):
+        raise ValueError(
+            f"This optimizer state holds two accumulators for '{path_name(path)}'."
+        )
+    return tree.unflatten(
+        _put_together(child, theirs, (*path, *key))
+        for (key, child), theirs in zip(children, others, strict=True)
+    )
 
 
-def _mean_over(
-    leaves: dict[str, jax.Array],
-    value: Callable[[jax.Array], jax.Array],
-    per_leaf: bool,
-) -> jax.Array | dict[str, jax.Array]:
-    means = {
-        path: jnp.mean(value(leaf), dtype=jnp.float32)
-        if leaf.size
-        else jnp.zeros([], jnp.float32)
-        for path, leaf in leaves.items()
-    }
+def _mean(tree: Any, value: Callable[[jax.Array], jax.Array], *, per_leaf: bool) -> Any:
+    means = jax.tree.map(
+        lambda leaf: (
+            jnp.mean(value(leaf), dtype=jnp.float32)
+            if leaf.size
+            else jnp.zeros([], jnp.float32)
+        ),
+        tree,
+    )
     if per_leaf:
         return means
-    total = sum(leaf.size for leaf in leaves.values())
+    sizes = [leaf.size for leaf in jax.tree.leaves(tree)]
     return sum(
-        (means[path] * (leaf.size / max(total, 1)) for path, leaf in leaves.items()),
+        (
+            mean * (size / max(sum(sizes), 1))
+            for mean, size in zip(jax.tree.leaves(means), sizes, strict=True)
+        ),
         jnp.zeros([], jnp.float32),
     )

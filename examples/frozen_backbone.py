@@ -36,6 +36,9 @@ for x, y in batches(digits, passes=5):
 for layer in ("first", "second", "head"):
     same = jax.tree.map(np.array_equal, params[layer], pretrained[layer])
     print(f"{layer}: {'unchanged' if all(same.values()) else 'trained'}")
-print("accumulators:", *classp_jax.mean_accumulator(state, per_leaf=True))
+# Only the head has accumulators.
+leaves = jax.tree_util.tree_leaves_with_path(classp_jax.accumulators(state))
+names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+print("accumulators:", *names)
 before, after = accuracy(pretrained, digits), accuracy(params, digits)
 print(f"all ten digits: {before:.1%} before, {after:.1%} after")

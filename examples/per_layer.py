@@ -24,7 +24,7 @@ for task in (old, new):
         params, state = step(optimizer, params, state, x, y)
 print(f"old {accuracy(params, old):.1%}, new {accuracy(params, new):.1%}")
 
-# What looks into a state finds every accumulator in it, by the weight's path.
+# What looks into a state finds every accumulator in it, by the weight's place.
 free = classp_jax.free_fraction(state, per_leaf=True)
-for layer in ("first/kernel", "second/kernel", "head/kernel"):
-    print(f"{layer}: {free[layer]:.1%} of the weights never moved")
+for layer in ("first", "second", "head"):
+    print(f"{layer}: {free[layer]['kernel']:.1%} of the weights never moved")

@@ -293,7 +293,7 @@ plt.show()
 print("weights that never moved, of each layer (they are not in the picture):")
 for (power, threshold), state in sorted(states.items()):
     free = classp_jax.free_fraction(state, per_leaf=True)
-    shares = ", ".join(f"{free[f'{layer}/w']:.1%}" for layer in LAYERS)
+    shares = ", ".join(f"{free[layer]['w']:.1%}" for layer in LAYERS)
     print(f"p = {power:g}, threshold {threshold:<6g} {shares}")
 
 # %% [markdown]

@@ -153,9 +153,7 @@ protected = [protect(network) for network in pretrained]
 print("mean accumulator:", classp_jax.mean_accumulator(protected[0]))
 free = classp_jax.free_fraction(protected[0], per_leaf=True)
 for layer in range(3):
-    print(
-        f"layer {layer + 1}: {free[f'{layer}/w']:.1%} of the weights were not touched"
-    )
+    print(f"layer {layer + 1}: {free[layer]['w']:.1%} of the weights were not touched")
 
 # %% [markdown]
 # ## Fine-tuning, with the same number of tries

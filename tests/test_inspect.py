@@ -1,13 +1,13 @@
-"""What a state and an update tell, wherever the state is; filling it beforehand."""
+"""What a state and an update tell, wherever the state is."""
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import classp_jax
 
@@ -23,9 +23,9 @@ GRADIENTS = {
     "none": jnp.ones((0, 5)),
 }
 # After two such gradients, at power 1.
-MEANS = {"layer/kernel": 2 * 3.0 / 6, "layer/bias": 2 * 3.0 / 4, "none": 0.0}
+MEANS = {"layer": {"kernel": 2 * 3.0 / 6, "bias": 2 * 3.0 / 4}, "none": 0.0}
 MEAN = 2 * 6.0 / 10
-FREE = {"layer/kernel": 3 / 6, "layer/bias": 3 / 4, "none": 0.0}
+FREE = {"layer": {"kernel": 3 / 6, "bias": 3 / 4}, "none": 0.0}
 ALL_FREE = 6 / 10
 KERNEL_ONLY = {"layer": {"kernel": True, "bias": False}, "none": False}
 LABELS = {"layer": {"kernel": "a", "bias": "b"}, "none": "a"}
@@ -94,8 +94,10 @@ def test_finds_the_accumulator(name):
         assert value.shape == ()
     assert floats(mean) == pytest.approx(MEAN, rel=1e-6)
     assert floats(free) == pytest.approx(ALL_FREE, rel=1e-6)
-    means = floats(classp_jax.mean_accumulator(state, per_leaf=True))
-    assert means == pytest.approx(MEANS, rel=1e-6)
+    expected = jax.tree.map(lambda g: 2 * jnp.abs(g), GRADIENTS)
+    chex.assert_trees_all_close(classp_jax.accumulators(state), expected)
+    means = classp_jax.mean_accumulator(state, per_leaf=True)
+    chex.assert_trees_all_close(floats(means), MEANS)
     assert floats(classp_jax.free_fraction(state, per_leaf=True)) == FREE
 
 
@@ -116,13 +118,51 @@ def test_finds_the_accumulator(name):
 )
 def test_counts_only_the_weights_it_owns(tx):
     state = after_two_steps(tx)
-    assert floats(classp_jax.mean_accumulator(state)) == pytest.approx(
-        MEANS["layer/kernel"]
-    )
+    mean = floats(classp_jax.mean_accumulator(state))
+    assert mean == pytest.approx(MEANS["layer"]["kernel"])
     assert floats(classp_jax.free_fraction(state)) == 0.5
-    assert floats(classp_jax.free_fraction(state, per_leaf=True)) == {
-        "layer/kernel": 0.5
-    }
+    leaves = classp_jax.free_fraction(state, per_leaf=True)
+    assert jax.tree.leaves(floats(leaves)) == [0.5]
+    assert floats(leaves["layer"]["kernel"]) == 0.5
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parts_of_different_depth_are_put_together(swapped):
+    """A mask may stand for a whole layer."""
+    params = {"a": {"w": jnp.ones(2), "b": jnp.ones(3)}, "c": {"w": jnp.ones(4)}}
+    parts = [
+        optax.masked(classp_jax.classp(0.1), {"a": True, "c": False}),
+        optax.masked(classp_jax.classp(0.1), {"a": False, "c": {"w": True}}),
+    ]
+    tx = optax.chain(*(parts[::-1] if swapped else parts))
+    found = classp_jax.accumulators(tx.init(params))
+    chex.assert_trees_all_equal(found, jax.tree.map(jnp.zeros_like, params))
+
+
+def test_paths_that_print_alike_are_two_weights():
+    params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(6)}
+    tx: Any = classp_jax.classp(0.1)
+    gradients = {"a": {"b": jnp.ones(2)}, "a/b": jnp.zeros(6)}
+    _, state = tx.update(gradients, tx.init(params))
+    assert floats(classp_jax.free_fraction(state)) == 0.75
+    free = floats(classp_jax.free_fraction(state, per_leaf=True))
+    assert free == {"a": {"b": 0.0}, "a/b": 1.0}
+
+
+def test_free_is_what_nothing_holds_back():
+    """Known from the accumulator alone: what has been added, not what has moved."""
+    tx: Any = classp_jax.classp(1.0, power=3.0, eps=1.0, prior=2.0)
+    # The third power of 1e-20 is 0 in float32, of 1e-13 below its normal numbers.
+    g = jnp.asarray([1e-20, 1e-13, 0.0, 1e-3])
+    updates, state = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(updates != 0, [True, True, False, True])
+    assert floats(classp_jax.free_fraction(state)) == 0.75
+    # Those are as free as before: the next step is what the first one was.
+    again, state = tx.update(g, state)
+    np.testing.assert_allclose(again[:2], updates[:2], rtol=1e-6)
+    assert floats(classp_jax.free_fraction(state)) == 0.75
+    spoilt = optax.tree.set(state, accumulator=jnp.asarray([jnp.nan, 0.0]))
+    assert floats(classp_jax.free_fraction(spoilt)) == 0.5
 
 
 def test_a_new_state_is_free():
@@ -134,7 +174,7 @@ def test_a_new_state_is_free():
 def test_a_single_array():
     g = jnp.asarray([1.0, 0.0, 2.0, 0.0])
     state = after_two_steps(classp_jax.classp(0.1), g, g)
-    assert floats(classp_jax.mean_accumulator(state, per_leaf=True)) == {"": 1.5}
+    assert floats(classp_jax.mean_accumulator(state, per_leaf=True)) == 1.5
     assert floats(classp_jax.free_fraction(state)) == 0.5
 
 
@@ -153,33 +193,6 @@ def test_no_weights_at_all():
     assert classp_jax.free_fraction(state, per_leaf=True) == {}
 
 
-class Model(nnx.Module):
-    def __init__(self):
-        self.head = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(x)
-
-
-def test_nnx_optimizer():
-    """Through ``nnx.Optimizer``, whose state holds variables in the arrays' places."""
-    model = Model()
-    optimizer = nnx.Optimizer(model, classp_jax.classp(0.1), wrt=nnx.Param)
-    x = jnp.asarray([[1.0, 0.0, 2.0]])
-    gradients = nnx.grad(lambda m: m(x).sum())(model)
-    optimizer.update(model, gradients)
-    states: list[Any] = [optimizer.opt_state, optimizer]
-    for state in states:
-        # |g| is x for the kernel's columns and 1 for the biases.
-        mean = (2 * (1 + 0 + 2) + 2) / 8
-        assert floats(classp_jax.mean_accumulator(state)) == pytest.approx(mean)
-        assert floats(classp_jax.free_fraction(state)) == pytest.approx(2 / 8)
-        leaves = classp_jax.free_fraction(state, per_leaf=True)
-        by_name = {path.split("/")[1]: float(v) for path, v in leaves.items()}
-        assert by_name == pytest.approx({"kernel": 2 / 6, "bias": 0.0})
-    assert floats(classp_jax.update_density(gradients)) == pytest.approx(6 / 8)
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -193,18 +206,34 @@ def test_nnx_optimizer():
     ids=["adam", "mask only", "masked sgd", "empty", "None", "parameters"],
 )
 @pytest.mark.parametrize(
-    "look", [classp_jax.mean_accumulator, classp_jax.free_fraction]
+    "look",
+    [
+        classp_jax.accumulators,
+        classp_jax.mean_accumulator,
+        classp_jax.free_fraction,
+    ],
 )
 def test_a_state_without_an_accumulator(look, state):
-    for per_leaf in (True, False):
-        with pytest.raises(ValueError, match="holds no CLASSP accumulator"):
-            look(state, per_leaf=per_leaf)
+    with pytest.raises(ValueError, match="holds no CLASSP accumulator"):
+        look(state)
 
 
 def test_two_accumulators_for_one_weight():
     tx: Any = optax.chain(classp_jax.classp(0.1), classp_jax.classp(0.1))
-    with pytest.raises(ValueError, match="two accumulators for 'layer/"):
-        classp_jax.mean_accumulator(tx.init(PARAMS))
+    with pytest.raises(ValueError, match="two accumulators for 'layer/bias'"):
+        classp_jax.accumulators(tx.init(PARAMS))
+    # One of them has a part only.
+    half: Any = optax.masked(classp_jax.classp(0.1), KERNEL_ONLY)
+    tx = optax.chain(classp_jax.classp(0.1), half)
+    with pytest.raises(ValueError, match="two accumulators for 'layer/kernel'"):
+        classp_jax.accumulators(tx.init(PARAMS))
+
+
+def test_two_networks():
+    tx: Any = classp_jax.classp(0.1)
+    states = (tx.init(PARAMS), tx.init({"other": jnp.ones(2)}))
+    with pytest.raises(ValueError, match="different trees of parameters"):
+        classp_jax.accumulators(states)
 
 
 def test_under_jit_and_vmap():
@@ -221,9 +250,10 @@ def test_under_jit_and_vmap():
 
 def test_update_density():
     assert floats(classp_jax.update_density(GRADIENTS)) == pytest.approx(4 / 10)
-    assert floats(classp_jax.update_density(GRADIENTS, per_leaf=True)) == pytest.approx(
-        {"layer/kernel": 3 / 6, "layer/bias": 1 / 4, "none": 0.0}
-    )
+    assert floats(classp_jax.update_density(GRADIENTS, per_leaf=True)) == {
+        "layer": {"kernel": 3 / 6, "bias": 1 / 4},
+        "none": 0.0,
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
@@ -242,79 +272,3 @@ def test_update_density_of_a_masked_update():
     tx: Any = classp_jax.classp(0.1, threshold=1.5)
     updates, _ = tx.update(GRADIENTS, tx.init(PARAMS))
     assert floats(classp_jax.update_density(updates)) == pytest.approx(2 / 10)
-
-
-# Filling the accumulator beforehand.
-
-
-def batches(steps: int = 12) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    g = {
-        "w": rng.normal(size=(steps, 5, 4)) * 10 ** rng.uniform(-3, 0, (steps, 5, 4)),
-        "b": rng.normal(size=(steps, 3)),
-    }
-    g["w"][:, 0] = 0
-    return {k: v.astype(np.float32) for k, v in g.items()}
-
-
-@pytest.mark.parametrize(
-    ("tx", "threshold", "power"),
-    [
-        (classp_jax.classp(0.1), 0.0, 1.0),
-        (classp_jax.classp(0.1, 1e-2, 2.0), 1e-2, 2.0),
-        (classp_jax.classp(0.1, 1e-2, 1.5, scaling=False), 1e-2, 1.5),
-        (
-            optax.chain(optax.identity(), classp_jax.classp(0.1, 0.1, 3)),
-            0.1,
-            3.0,
-        ),
-        (classp_jax.scale_by_generalized_adagrad(0.5), 0.0, 0.5),
-    ],
-)
-def test_accumulate_importance_is_the_sum(tx, threshold, power):
-    gradients = batches()
-    params = {k: jnp.ones(g.shape[1:]) for k, g in gradients.items()}
-
-    def body(state: Any, g: Any) -> Any:
-        return classp_jax.accumulate_importance(tx, state, params, g), None
-
-    scanned, _ = jax.jit(lambda: jax.lax.scan(body, tx.init(params), gradients))()
-    looped = tx.init(params)
-    for t in range(12):
-        g = {k: v[t] for k, v in gradients.items()}
-        looped = classp_jax.accumulate_importance(tx, looped, params, g)
-
-    want = {}
-    for name, g in gradients.items():
-        g = g.astype(np.float64)
-        want[name] = np.where(g * g > threshold, np.abs(g) ** power, 0).sum(0)
-    assert jax.tree.structure(scanned) == jax.tree.structure(tx.init(params))
-    for state in (scanned, looped):
-        assert floats(
-            classp_jax.mean_accumulator(state, per_leaf=True)
-        ) == pytest.approx({k: v.mean() for k, v in want.items()}, rel=2e-6)
-        leaves = [a for a in jax.tree.leaves(state) if jnp.ndim(a)]
-        for a, name in zip(leaves, sorted(want), strict=True):
-            np.testing.assert_allclose(a, want[name], rtol=2e-6)
-
-
-def test_fine_tuning_starts_with_the_accumulators_filled():
-    tx: Any = classp_jax.classp(0.5, eps=0.1)
-    params = jnp.asarray([1.0, -2.0, 3.0])
-    before = np.asarray(params).tobytes()
-    state = tx.init(params)
-    for g in ([3.0, 0.0, 1.0], [-6.0, 0.0, 1.0]):
-        state = classp_jax.accumulate_importance(tx, state, params, jnp.asarray(g))
-    assert np.asarray(params).tobytes() == before
-    updates, _ = tx.update(jnp.ones(3), state, params)
-    np.testing.assert_allclose(
-        updates, [-0.5 / (9 + 1 + 0.1), -0.5 / 1.1, -0.5 / (2 + 1 + 0.1)], rtol=1e-6
-    )
-
-
-def test_accumulate_importance_passes_the_parameters():
-    """A transform may need them, such as weight decay in front."""
-    tx: Any = optax.chain(optax.add_decayed_weights(0.5), classp_jax.classp(0.1))
-    params = jnp.asarray([2.0, -4.0])
-    state = classp_jax.accumulate_importance(tx, tx.init(params), params, jnp.zeros(2))
-    assert floats(classp_jax.mean_accumulator(state)) == pytest.approx(1.5)

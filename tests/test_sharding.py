@@ -1,5 +1,6 @@
 """Eight devices give what one device gives, and keep the state where it belongs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -229,8 +230,63 @@ def test_density_thresholds_follow_the_mean_gradient_not_a_device():
     for g in local:
         updates, state = update(g, state)
         expected, alone = tx.update(jnp.mean(g, axis=0), alone)
-        thresholds = np.asarray(state.log_threshold)
+        thresholds = np.asarray(state.level)
         assert np.all(thresholds == thresholds[0])
-        np.testing.assert_allclose(thresholds[0], alone.log_threshold, rtol=1e-6)
+        np.testing.assert_allclose(thresholds[0], alone.level, rtol=1e-6)
         np.testing.assert_allclose(updates[0], expected, rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(updates, np.stack([updates[0]] * DEVICES))
+
+
+# Laid out as data, as layers split over devices, and both.
+FISHER_LAYOUTS = {
+    "data": {"x": P("x"), "first": P(), "second": P()},
+    "columns": {"x": P(), "first": P(None, "x"), "second": P(None, "x")},
+    "both": {"x": P("x"), "first": P(), "second": P(None, "x")},
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", FISHER_LAYOUTS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_fisher_of_sharded_examples_and_parameters(axis_type, layout, jit):
+    rng = np.random.default_rng(3)
+    params = {
+        "first": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32),
+        "second": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
+    }
+    x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    y = jnp.arange(16, dtype=jnp.int32) % 8
+    mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(axis_type,))
+    specs = FISHER_LAYOUTS[layout]
+
+    def logits(params: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ params["first"])
+        if axis_type == AxisType.Explicit:
+            hidden = jax.sharding.reshard(hidden, P())
+        return hidden @ params["second"]
+
+    def placed(tree: Any, spec: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(mesh, spec))
+
+    all_kinds = layout == "both" and not jit
+    for kind in ("exact", "sampled", "empirical") if all_kinds else ("exact",):
+        fisher: Any = functools.partial(
+            classp_jax.regularizers.fisher_diagonal, kind=kind, batch_size=5
+        )
+        key = jax.random.key(0)
+        expected = fisher(
+            lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], params, x, y, key=key
+        )
+        fisher = functools.partial(fisher, logits)
+        with jax.set_mesh(mesh):
+            sharded = {name: placed(w, specs[name]) for name, w in params.items()}
+            arguments = (sharded, placed(x, specs["x"]), placed(y, specs["x"]))
+            actual = (jax.jit(fisher) if jit else fisher)(*arguments, key=key)
+        for name, spec in specs.items():
+            if name != "x":
+                np.testing.assert_allclose(
+                    actual[name], expected[name], rtol=1e-4, atol=1e-7
+                )
+                if axis_type == AxisType.Explicit or not jit:
+                    sharding = NamedSharding(mesh, spec)
+                    assert actual[name].sharding.is_equivalent_to(sharding, 2)

@@ -11,9 +11,10 @@ Put one in front of an optimizer, and tell its state when a task ends::
 """
 
 from classp_jax.regularizers._consolidate import consolidate, needs_fisher
-from classp_jax.regularizers._ewc import EWCState, OnlineEWCState, ewc, online_ewc
+from classp_jax.regularizers._ewc import EWCState, ewc
 from classp_jax.regularizers._fisher import fisher_diagonal
 from classp_jax.regularizers._l2 import L2ToAnchorState, l2_to_anchor
+from classp_jax.regularizers._online_ewc import OnlineEWCState, online_ewc
 from classp_jax.regularizers._si import SIState, si
 
 __all__ = [

@@ -1,28 +1,27 @@
-"""The end of a task: regularizers take over its weights and what mattered in it."""
+"""The end of a task: regularizers take over its weights and what mattered in it.
+
+A regularizer is a transform whose state, a NamedTuple, brings its own end of a task: a
+method ``end_of_task(params, fisher)`` that returns the new state, and an attribute
+``needs_fisher``. Nothing else has to know it.
+"""
 
 from typing import Any
 
 import jax
-import optax
 
-from classp_jax.regularizers._ewc import (
-    EWCState,
-    OnlineEWCState,
-    consolidate_ewc,
-    consolidate_online_ewc,
-)
-from classp_jax.regularizers._si import SIState, consolidate_si
+from classp_jax._arrays import unwrapped, wrapped_like
 
 
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, EWCState | OnlineEWCState | SIState)
+def _is_regularizer(node: Any) -> bool:
+    return hasattr(type(node), "end_of_task")
 
 
-def _parts(state: optax.OptState) -> list[Any]:
-    return [s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)]
+def _regularizers(state: Any) -> list[Any]:
+    nodes = jax.tree.leaves(state, is_leaf=_is_regularizer)
+    return [node for node in nodes if _is_regularizer(node)]
 
 
-def needs_fisher(state: optax.OptState) -> bool:
+def needs_fisher(state: Any) -> bool:
     """Whether :func:`consolidate` needs a Fisher diagonal for this optimizer state.
 
     Args:
@@ -41,12 +40,10 @@ def needs_fisher(state: optax.OptState) -> bool:
       >>> regularizers.needs_fisher(regularizers.si(1.0).init(params))
       False
     """
-    return any(isinstance(part, EWCState | OnlineEWCState) for part in _parts(state))
+    return any(node.needs_fisher for node in _regularizers(state))
 
 
-def consolidate(
-    state: optax.OptState, params: optax.Params, fisher: Any = None
-) -> optax.OptState:
+def consolidate(state: Any, params: Any, fisher: Any = None) -> Any:
     """Tells every regularizer in an optimizer state that a task has ended.
 
     From then on :func:`ewc`, :func:`online_ewc` and :func:`si` hold the weights near
@@ -54,11 +51,21 @@ def consolidate(
     function: it works under ``jit``, ``vmap`` (over states, parameters and Fisher
     diagonals alike) and in ``lax.cond``.
 
+    With Flax, take what it returns and go on training::
+
+      # NNX, also inside nnx.jit
+      params = nnx.state(model, nnx.Param)
+      optimizer.opt_state = regularizers.consolidate(optimizer.opt_state, params)
+      # Linen
+      state = regularizers.consolidate(state, state.params)  # a TrainState
+
     Args:
       state: any optimizer state that holds a regularizer's somewhere: chained, masked,
-        partitioned, injected, or wrapped in another transform's.
+        partitioned, injected, or wrapped in another transform's; or a tree that holds
+        an optimizer state, such as a Linen ``TrainState``. Flax NNX's variables may
+        stand in the arrays' places.
       params: the parameters at the end of the task, all of them also where the
-        regularizer is masked.
+        regularizer is masked; NNX's variables or arrays.
       fisher: for EWC, the diagonal of the task's Fisher information at ``params``, a
         tree like ``params`` with no negative entry, see :func:`fisher_diagonal`.
         :func:`needs_fisher` says whether it is needed; SI ignores it.
@@ -83,17 +90,7 @@ def consolidate(
       >>> print(state[0].fisher["w"], state[0].anchor["w"])
       [3.] [1.]
     """
-
-    def ended(part: Any) -> Any:
-        if isinstance(part, SIState):
-            return consolidate_si(part, params)
-        if isinstance(part, EWCState):
-            return consolidate_ewc(part, params, fisher)
-        if isinstance(part, OnlineEWCState):
-            return consolidate_online_ewc(part, params, fisher)
-        return part
-
-    if not _parts(state):
+    if not _regularizers(state):
         raise ValueError(
             "This optimizer state holds no regularizer: it does not come from ewc, "
             "online_ewc or si."
@@ -103,4 +100,11 @@ def consolidate(
             "fisher is needed to consolidate EWC: pass the diagonal of the Fisher "
             "information, such as fisher_diagonal(logits_fn, params, x)."
         )
-    return jax.tree.map(ended, state, is_leaf=_is_ours)
+    params, fisher = unwrapped((params, fisher))
+
+    def consolidated(node: Any) -> Any:
+        if not _is_regularizer(node):
+            return node
+        return wrapped_like(unwrapped(node).end_of_task(params, fisher), node)
+
+    return jax.tree.map(consolidated, state, is_leaf=_is_regularizer)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec as P
 
 from classp_jax._arrays import float_arrays, wide_zeros, working_dtype
+from classp_jax._compiled import compiled
 
 _KINDS = ("exact", "sampled", "empirical")
 
@@ -52,9 +54,10 @@ def fisher_diagonal(
     To save time take fewer examples rather than another kind.
 
     Called with plain arrays it loops in Python over one compiled step, since XLA runs a
-    convolution in a loop of its own slowly on a CPU. That step is compiled once for
-    each ``logits_fn``, so pass the same function every time. Under ``jit`` or ``vmap``
-    it is one ``lax.scan``.
+    convolution in a loop of its own slowly on a CPU. ``logits_fn`` is traced on every
+    call, so it may capture values that change, and compiled only if it reads otherwise
+    than before. Under ``jit`` or ``vmap`` it is one ``lax.scan``. Parameters and
+    examples may be sharded over a mesh, of automatic or explicit axes.
 
     Args:
       logits_fn: ``(params, x) -> logits``; takes examples along the first axis and
@@ -120,28 +123,28 @@ def fisher_diagonal(
 
     terms = examples * (num_classes if kind == "exact" else 1)
     lanes = min(int(batch_size), terms)
+    # Broadcast, not made: a sum has the sharding of its parameter.
     sums = jax.tree.map(
-        lambda w: jnp.zeros((lanes, *w.shape), w.dtype), wide_zeros(params)
+        lambda w: jnp.broadcast_to(w, (lanes, *w.shape)), wide_zeros(params)
     )
     step = functools.partial(_add_squares, logits_fn, kind)
     # The lanes sum on their own: a sum over them in each step would write every
     # gradient to memory first, which takes many times as long on a CPU.
     arguments = (params, x, y, key, classes)
+    blocks = -(-terms // lanes)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
         sums, _ = jax.lax.scan(
             lambda sums, i: (step(sums, i, *arguments), None),
             sums,
-            jnp.arange(-(-terms // lanes), dtype=jnp.int32),
+            jnp.arange(blocks, dtype=jnp.int32),
         )
     else:
-        for i in range(-(-terms // lanes)):
+        step = compiled(step, sums, np.int32(0), *arguments)
+        for i in range(blocks):
             sums = step(sums, np.int32(i), *arguments)
     return jax.tree.map(lambda s: jnp.sum(s, axis=0) / examples, sums)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("logits_fn", "kind"), donate_argnames="sums"
-)
 def _add_squares(
     logits_fn: Callable[[Any, Any], jax.Array],
     kind: str,
@@ -165,11 +168,14 @@ def _add_squares(
     # The last block may be ragged: its excess terms repeat the last one, times 0.
     is_real = term < examples * classes_each
     term = jnp.minimum(term, examples * classes_each - 1)
+    n = term // classes_each
+    x, y = jax.tree.map(lambda leaf: _taken(leaf, n), (x, y))
 
-    def gradient(term: jax.Array, is_real: jax.Array) -> Any:
-        n = term // classes_each
-        example = jax.tree.map(lambda leaf: leaf[n][None], x)
-        logits, vjp = jax.vjp(lambda params: logits_fn(params, example)[0], params)
+    def gradient(term: Any, n: Any, is_real: Any, example: Any, label: Any) -> Any:
+        example = jax.tree.map(lambda leaf: leaf[None], example)
+        logits, vjp = jax.vjp(
+            lambda params: _replicated(logits_fn(params, example)[0]), params
+        )
         wide = logits.astype(working_dtype(logits))
         wide = jnp.where(classes, wide, -jnp.inf)
         p = jax.nn.softmax(wide)
@@ -179,7 +185,7 @@ def _add_squares(
             weight = jnp.sqrt(p[c])
         else:
             c = (
-                y[n]
+                label
                 if kind == "empirical"
                 else jax.random.categorical(jax.random.fold_in(key, n), wide)
             )
@@ -192,24 +198,49 @@ def _add_squares(
         score = jnp.where(is_real, weight * score, 0)
         return vjp(score.astype(logits.dtype))[0]
 
-    gradients = jax.vmap(gradient)(term, is_real)
+    gradients = jax.vmap(gradient)(term, n, is_real, x, y)
     return jax.tree.map(lambda s, g: s + jnp.square(g.astype(s.dtype)), sums, gradients)
+
+
+def _explicit_sharding(array: Any) -> Any:
+    """The sharding in the array's type, None if a compiler decides on it."""
+    sharding = jax.typeof(array).sharding
+    is_explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if is_explicit else None
+
+
+def _taken(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """These rows, on every device that the rows were sharded over."""
+    sharding = _explicit_sharding(array)
+    if sharding is not None:
+        sharding = sharding.update(spec=P(None, *sharding.spec[1:]))
+    return array.at[rows].get(out_sharding=sharding)
+
+
+def _replicated(array: jax.Array) -> jax.Array:
+    sharding = _explicit_sharding(array)
+    if sharding is None:
+        return array
+    return jax.sharding.reshard(array, sharding.update(spec=P()))
 
 
 def _number_of_examples(x: Any) -> int:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
+        shapes = sorted({jnp.shape(leaf) for leaf in jax.tree.leaves(x)})
         raise ValueError(
             "x must hold at least one example, along the first axis of every array, "
-            f"got shapes {shapes}."
+            f"got arrays of shapes {shapes}."
         )
     return lengths.pop()[0]
 
 
 def _number_of_classes(logits_fn: Callable[..., Any], params: Any, x: Any) -> int:
-    one = jax.tree.map(lambda leaf: leaf[:1], x)
-    logits = jax.eval_shape(logits_fn, params, one)
+    def logits_of_the_first(params: Any, x: Any) -> Any:
+        first = jnp.zeros(1, jnp.int32)
+        return logits_fn(params, jax.tree.map(lambda leaf: _taken(leaf, first), x))
+
+    logits = jax.eval_shape(logits_of_the_first, params, x)
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 1 or shape[1] < 1:
         raise ValueError(
@@ -224,6 +255,7 @@ def _number_of_classes(logits_fn: Callable[..., Any], params: Any, x: Any) -> in
 def _checked_classes(classes: Any, num_classes: int) -> jax.Array:
     if classes is None:
         return jnp.ones(num_classes, bool)
+    classes = np.asarray(classes) if isinstance(classes, list | tuple) else classes
     if jnp.shape(classes) != (num_classes,):
         raise ValueError(
             f"classes must have shape ({num_classes},), one bool a class, got shape "
@@ -239,6 +271,7 @@ def _checked_classes(classes: Any, num_classes: int) -> jax.Array:
 def _checked_labels(y: Any, examples: int, classes: jax.Array) -> jax.Array:
     if y is None:
         raise ValueError("y is needed for kind='empirical', got None.")
+    y = np.asarray(y) if isinstance(y, list | tuple) else y
     if jnp.shape(y) != (examples,):
         raise ValueError(
             f"y must have shape ({examples},), one label an example, got shape "

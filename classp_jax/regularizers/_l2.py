@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import copied, float_arrays, wide_zeros
+from classp_jax._arrays import copied, float_arrays, require_state, wide_zeros
 from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 from classp_jax.regularizers._penalty import matched, pulled, required
 
@@ -94,7 +94,9 @@ def l2_to_anchor(
         **extra_args: Any,
     ) -> tuple[optax.Updates, L2ToAnchorState]:
         del extra_args
-        params = required("l2_to_anchor", params)
+        require_state(state, L2ToAnchorState, "l2_to_anchor")
+        params = matched("parameters", required("l2_to_anchor", params), state.anchor)
+        updates = matched("gradients", updates, state.anchor)
         ones = jax.tree.map(lambda a: jnp.ones([], a.dtype), state.anchor)
         factor = at_step(strength, state.count)
         updates = pulled(updates, params, ones, state.anchor, factor)

@@ -46,19 +46,17 @@ def required(method: str, params: optax.Params | None) -> optax.Params:
 
 
 def pulled(
-    updates: optax.Updates,
-    params: optax.Params,
+    updates: Any,
+    params: Any,
     importance: Any,
     anchor: Any,
     factor: Any,
 ) -> optax.Updates:
     """``g + factor * importance * (w - anchor)``, in the gradients' dtypes."""
-    updates = matched("gradients", updates, anchor)
-    params = matched("parameters", params, anchor)
 
     def leaf(g: jax.Array, w: jax.Array, f: jax.Array, a: jax.Array) -> jax.Array:
         dtype = np.promote_types(working_dtype(g), a.dtype)
-        distance = jnp.asarray(w).astype(dtype) - a.astype(dtype)
+        distance = w.astype(dtype) - a.astype(dtype)
         pull = cast(factor, dtype) * (f.astype(dtype) * distance)
         return (g.astype(dtype) + pull).astype(g.dtype)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import copied, float_arrays, wide_zeros
+from classp_jax._arrays import copied, float_arrays, require_state, wide_zeros
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -39,6 +39,42 @@ class SIState(NamedTuple):
     """The gradient of the last update, whose step is not in the path integral yet."""
     previous_params: optax.Params
     """The weights at the last update."""
+
+    needs_fisher = False
+
+    def path_integral_up_to(self, params: Any) -> Any:
+        """The path integral with the last step, which led to ``params``."""
+        return jax.tree.map(
+            lambda total, g, old, w: total - g * (w.astype(old.dtype) - old),
+            self.path_integral,
+            self.previous_gradient,
+            self.previous_params,
+            params,
+        )
+
+    def end_of_task(self, params: Any, fisher: Any) -> "SIState":
+        """Turns the path integral into importance and starts anew from ``params``."""
+        del fisher
+        params = matched("parameters", params, self.anchor)
+        damping = jnp.asarray(self.damping)
+
+        def raised(
+            omega: jax.Array, path: jax.Array, a: jax.Array, w: jax.Array
+        ) -> jax.Array:
+            change = w.astype(a.dtype) - a
+            new = omega + path / (change * change + damping.astype(a.dtype))
+            return jnp.maximum(new, 0)
+
+        path = self.path_integral_up_to(params)
+        return self._replace(
+            importance=jax.tree.map(raised, self.importance, path, self.anchor, params),
+            anchor=copied(params, self.anchor),
+            path_integral=wide_zeros(params),
+            # No step is pending any more, also if the weights are changed between
+            # tasks.
+            previous_gradient=wide_zeros(params),
+            previous_params=copied(params, self.anchor),
+        )
 
 
 def si(
@@ -137,49 +173,17 @@ def si(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SIState]:
         del extra_args
-        params = required("si", params)
+        require_state(state, SIState, "si")
+        params = matched("parameters", required("si", params), state.anchor)
+        updates = matched("gradients", updates, state.anchor)
         factor = 2 * at_step(strength, state.count)
         new_updates = pulled(updates, params, state.importance, state.anchor, factor)
         return new_updates, state._replace(
             count=optax.safe_increment(state.count),
             damping=hyperparameter_array(damping),
-            path_integral=_with_pending_step(state, params),
+            path_integral=state.path_integral_up_to(params),
             previous_gradient=copied(updates, state.previous_gradient),
             previous_params=copied(params, state.anchor),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _with_pending_step(state: SIState, params: Any) -> Any:
-    """The path integral up to ``params``."""
-    return jax.tree.map(
-        lambda total, g, old, w: total - g * (jnp.asarray(w).astype(old.dtype) - old),
-        state.path_integral,
-        state.previous_gradient,
-        state.previous_params,
-        params,
-    )
-
-
-def consolidate_si(state: SIState, params: Any) -> SIState:
-    """Turns the path integral into importance and starts anew from ``params``."""
-    params = matched("parameters", params, state.anchor)
-    damping = jnp.asarray(state.damping)
-
-    def raised(
-        omega: jax.Array, path: jax.Array, a: jax.Array, w: jax.Array
-    ) -> jax.Array:
-        change = jnp.asarray(w).astype(a.dtype) - a
-        new = omega + path / (change * change + damping.astype(a.dtype))
-        return jnp.maximum(new, 0)
-
-    path = _with_pending_step(state, params)
-    return state._replace(
-        importance=jax.tree.map(raised, state.importance, path, state.anchor, params),
-        anchor=copied(params, state.anchor),
-        path_integral=wide_zeros(params),
-        # No step is pending any more, also if the weights are changed between tasks.
-        previous_gradient=wide_zeros(params),
-        previous_params=copied(params, state.anchor),
-    )

@@ -58,7 +58,7 @@ def test_classp_is_one_kernel_a_leaf_at_the_limit(name: str, target: str):
         ("protect(sgd)", 20),
         ("protect(adamw)", 36),
         ("classp_published", 24),
-        ("mask_to_density, scaling", 28),
+        ("mask_to_density, scaling", 24),
         ("l2_to_anchor, classp", 24),
         ("ewc, classp", 28),
         ("online_ewc, classp", 28),

@@ -1,0 +1,1 @@
+"""From results to a table, a report in Markdown and pictures."""

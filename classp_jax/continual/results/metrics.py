@@ -1,191 +1,160 @@
-"""Continual-learning metrics: pure functions of one accuracy matrix."""
+"""Continual-learning metrics of one accuracy matrix, each formula said once.
 
+Notation: ``R`` has the shape [N + 1, N], with accuracies in any unit. Row 0 is taken
+before training, row i after training on task i; column j is the test accuracy on task
+j; tasks count from 1. Entries above the diagonal, accuracies on tasks not trained yet,
+may be NaN: only forward transfer needs them.
+
+Each metric takes such a matrix and returns a number in its unit: NaN where an entry
+that the formula needs is NaN, or where the formula is a mean over no task. A matrix of
+another shape is a ``ValueError``.
+"""
+
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from classp_jax.continual.results.records import Run
+
 
 class Metric(NamedTuple):
-    """A metric and its formula, as tables and reports show it."""
+    """A metric with what tables and reports say of it."""
 
     function: Callable[[ArrayLike], float]
-    """From the accuracy matrix R, of shape [N + 1, N], to the metric."""
     formula: str
-    """In the notation of the docstrings: tasks count from 1, row 0 is before all."""
+    source: str
 
 
-def average_accuracy(R: ArrayLike) -> float:
-    r"""The mean accuracy over all tasks at the end of the stream, ACC.
+METRICS: dict[str, Metric] = {}
+"""Every metric of the matrix by the name of its function, in the order of tables."""
 
-    .. math::
-      \mathrm{ACC} = \frac{1}{N} \sum_{j=1}^{N} R_{N,j}
+ONLINE = "average_online_accuracy"
+ONLINE_FORMULA = (
+    "mean over tasks of the mean accuracy on each batch just before it is learned"
+)
+ONLINE_SOURCE = "Cai et al. 2021, arXiv:2108.09020"
 
-    Args:
-      R: accuracies, float of shape [N + 1, N]: row 0 before training, row i after
-        training on task i; column j the test accuracy on task j, from 1.
 
-    Returns:
-      The metric in the units of ``R``; NaN if an entry that it needs is NaN.
+_Terms = Callable[[np.ndarray], np.ndarray]
+_Function = Callable[[ArrayLike], float]
 
-    Raises:
-      ValueError: if ``R`` has another shape.
+
+def _metric(formula: str, source: str) -> Callable[[_Terms], _Function]:
+    """Makes a metric of a function that returns the terms of the formula's mean."""
+
+    def decorate(terms: _Terms) -> _Function:
+        @functools.wraps(terms)
+        def function(R: ArrayLike) -> float:
+            values = terms(_matrix(R))
+            return float(np.mean(values)) if values.size else math.nan
+
+        first, *rest = (terms.__doc__ or "").split("\n\n", 1)
+        middle = f"    Formula: ``{formula}`` ({source})."
+        function.__doc__ = "\n\n".join([first, middle, *rest])
+        METRICS[terms.__name__] = Metric(function, formula, source)
+        return function
+
+    return decorate
+
+
+@_metric("mean over j of R[N, j]", "Lopez-Paz & Ranzato 2017, arXiv:1706.08840")
+def average_accuracy(R: np.ndarray) -> np.ndarray:
+    """The accuracy over all tasks at the end of the stream.
 
     Example:
       >>> average_accuracy([[0.1, 0.1], [0.9, 0.2], [0.7, 0.8]])
       0.75
-
-    References:
-      Lopez-Paz & Ranzato, `Gradient Episodic Memory
-      <https://arxiv.org/abs/1706.08840>`_, 2017
     """
-    R = _matrix(R)
-    return float(np.mean(R[-1]))
+    return R[-1]
 
 
-def backward_transfer(R: ArrayLike) -> float:
-    r"""How much later tasks changed the accuracy on earlier ones, BWT.
-
-    .. math::
-      \mathrm{BWT} = \frac{1}{N-1} \sum_{j=1}^{N-1} R_{N,j} - R_{j,j}
+@_metric(
+    "mean over j < N of R[N, j] - R[j, j]", "Lopez-Paz & Ranzato 2017, arXiv:1706.08840"
+)
+def backward_transfer(R: np.ndarray) -> np.ndarray:
+    """How much later tasks changed the accuracy on earlier ones.
 
     Negative where tasks were forgotten.
-
-    Args:
-      R: accuracies, float of shape [N + 1, N]: row 0 before training, row i after
-        training on task i; column j the test accuracy on task j, from 1.
-
-    Returns:
-      The metric in the units of ``R``; NaN for one task, or if an entry that it needs
-      is NaN.
-
-    Raises:
-      ValueError: if ``R`` has another shape.
 
     Example:
       >>> print(f"{backward_transfer([[0.1, 0.1], [0.9, 0.2], [0.7, 0.8]]):.2f}")
       -0.20
-
-    References:
-      Lopez-Paz & Ranzato, `Gradient Episodic Memory
-      <https://arxiv.org/abs/1706.08840>`_, 2017
     """
-    R = _matrix(R)
-    return _mean(R[-1, :-1] - np.diagonal(R[1:])[:-1])
+    return R[-1, :-1] - np.diagonal(R[1:])[:-1]
 
 
-def forward_transfer(R: ArrayLike) -> float:
-    r"""How much earlier tasks raised the accuracy on tasks not trained yet, FWT.
+@_metric(
+    "mean over j > 1 of R[j-1, j] - R[0, j]",
+    "Lopez-Paz & Ranzato 2017, arXiv:1706.08840",
+)
+def forward_transfer(R: np.ndarray) -> np.ndarray:
+    """How much earlier tasks raised the accuracy on tasks not trained yet.
 
-    .. math::
-      \mathrm{FWT} = \frac{1}{N-1} \sum_{j=2}^{N} R_{j-1,j} - R_{0,j}
-
-    The baseline is the same network before any training, row 0.
-
-    Args:
-      R: accuracies, float of shape [N + 1, N]: row 0 before training, row i after
-        training on task i; column j the test accuracy on task j, from 1.
-
-    Returns:
-      The metric in the units of ``R``; NaN for one task, or if an entry that it needs
-      is NaN.
-
-    Raises:
-      ValueError: if ``R`` has another shape.
+    The baseline is the same network before any training.
 
     Example:
       >>> print(f"{forward_transfer([[0.1, 0.1], [0.9, 0.2], [0.7, 0.8]]):.2f}")
       0.10
-
-    References:
-      Lopez-Paz & Ranzato, `Gradient Episodic Memory
-      <https://arxiv.org/abs/1706.08840>`_, 2017
     """
-    R = _matrix(R)
-    return _mean(np.diagonal(R)[1:] - R[0, 1:])
+    return np.diagonal(R)[1:] - R[0, 1:]
 
 
-def forgetting(R: ArrayLike) -> float:
-    r"""The best accuracy a task ever had minus its last one, over the old tasks.
-
-    .. math::
-      F = \frac{1}{N-1} \sum_{j=1}^{N-1}
-        \left(\max_{i \in \{1, \dots, N-1\}} R_{i,j} - R_{N,j}\right)
+@_metric(
+    "mean over j < N of max(R[j, j], ..., R[N-1, j]) - R[N, j]",
+    "after Chaudhry et al. 2018, arXiv:1801.10112",
+)
+def forgetting(R: np.ndarray) -> np.ndarray:
+    """The best accuracy that an old task has had since its training, minus its last.
 
     The last row takes no part in the maximum, so that forgetting is negative where the
-    last task helped an old one. Rows above a task's own training do take part, as they
-    do in the source; row 0, before any training, does not.
-
-    Args:
-      R: accuracies, float of shape [N + 1, N]: row 0 before training, row i after
-        training on task i; column j the test accuracy on task j, from 1.
-
-    Returns:
-      The metric in the units of ``R``; NaN for one task, or if an entry that it needs
-      is NaN.
-
-    Raises:
-      ValueError: if ``R`` has another shape.
+    last task helped an old one. In the source, rows before a task's own training take
+    part too; here they do not, so that the number is the same whether or not tasks not
+    trained yet are evaluated.
 
     Example:
       >>> print(f"{forgetting([[0.1, 0.1], [0.9, 0.2], [0.7, 0.8]]):.2f}")
       0.20
-
-    References:
-      Chaudhry et al., `Riemannian Walk for Incremental Learning
-      <https://arxiv.org/abs/1801.10112>`_, 2018
     """
-    R = _matrix(R)
-    if R.shape[1] == 1:
-        return float("nan")
-    return _mean(np.max(R[1:-1, :-1], axis=0) - R[-1, :-1])
+    rows = np.where(np.tri(R.shape[1], dtype=bool), R[1:], -np.inf)
+    return np.max(rows[:-1, :-1], axis=0, initial=-np.inf) - R[-1, :-1]
 
 
-def learning_accuracy(R: ArrayLike) -> float:
-    r"""The mean accuracy on each task right after training on it, LA.
-
-    .. math::
-      \mathrm{LA} = \frac{1}{N} \sum_{j=1}^{N} R_{j,j}
+@_metric("mean over j of R[j, j]", "Riemer et al. 2019, arXiv:1810.11910")
+def learning_accuracy(R: np.ndarray) -> np.ndarray:
+    """The accuracy on each task right after training on it.
 
     Low where a method keeps old tasks by not learning new ones.
-
-    Args:
-      R: accuracies, float of shape [N + 1, N]: row 0 before training, row i after
-        training on task i; column j the test accuracy on task j, from 1.
-
-    Returns:
-      The metric in the units of ``R``; NaN if an entry that it needs is NaN.
-
-    Raises:
-      ValueError: if ``R`` has another shape.
 
     Example:
       >>> print(f"{learning_accuracy([[0.1, 0.1], [0.9, 0.2], [0.7, 0.8]]):.2f}")
       0.85
-
-    References:
-      Riemer et al., `Learning to Learn without Forgetting by Maximizing Transfer and
-      Minimizing Interference <https://arxiv.org/abs/1810.11910>`_, 2019
     """
-    R = _matrix(R)
-    return float(np.mean(np.diagonal(R[1:])))
+    return np.diagonal(R[1:])
 
 
-METRICS: dict[str, Metric] = {
-    "average_accuracy": Metric(average_accuracy, "mean over j of R[N, j]"),
-    "backward_transfer": Metric(
-        backward_transfer, "mean over j < N of R[N, j] - R[j, j]"
-    ),
-    "forward_transfer": Metric(
-        forward_transfer, "mean over j > 1 of R[j-1, j] - R[0, j]"
-    ),
-    "forgetting": Metric(
-        forgetting, "mean over j < N of max(R[1, j], ..., R[N-1, j]) - R[N, j]"
-    ),
-    "learning_accuracy": Metric(learning_accuracy, "mean over j of R[j, j]"),
-}
-"""Every metric by the name of its function, in the order of the tables."""
+def run_metrics(run: Run) -> dict[str, float]:
+    """All metrics of a run: those of its matrix, and the average on-line accuracy.
+
+    Example:
+      >>> run = Run(method="sgd", seed=0, matrix=[[0.1], [0.9]], online_accuracy=[0.6])
+      >>> run_metrics(run)["average_online_accuracy"]
+      0.6
+    """
+    online = run.online_accuracy
+    return {name: metric.function(run.matrix) for name, metric in METRICS.items()} | {
+        ONLINE: float(np.mean(online)) if online else math.nan
+    }
+
+
+def formulas() -> dict[str, str]:
+    """Every metric's formula, for reports."""
+    return {name: metric.formula for name, metric in METRICS.items()} | {
+        ONLINE: ONLINE_FORMULA
+    }
 
 
 def _matrix(R: ArrayLike) -> np.ndarray:
@@ -199,8 +168,3 @@ def _matrix(R: ArrayLike) -> np.ndarray:
             f"each of the N tasks, got {list(R.shape)}."
         )
     return R
-
-
-def _mean(differences: np.ndarray) -> float:
-    """The mean over tasks; NaN over none, without numpy's warning."""
-    return float(np.mean(differences)) if differences.size else float("nan")

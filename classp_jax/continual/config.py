@@ -55,8 +55,6 @@ class Data:
     """Number of tasks that are made from one source."""
     max_train: _Count | None = None
     """At most this many training examples per task."""
-    max_test: _Count | None = None
-    """At most this many test examples per task."""
     validation_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
     """Share of the training data kept for validation."""
     text_length: _Count = 30
@@ -111,6 +109,8 @@ class Evaluation:
 
     points: _Count = 5
     """How often accuracy is measured during a task."""
+    max_test: _Count | None = None
+    """Measure on at most this many test examples per task."""
     unseen_tasks: bool = False
     """Also measure tasks that are yet to come, for forward transfer."""
     score_training: bool = False

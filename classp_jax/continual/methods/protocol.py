@@ -65,6 +65,8 @@ class Problem(NamedTuple):
     """Shape and dtype of one stored input."""
     num_classes: int
     batch_size: int
+    classes: jax.Array
+    """Which outputs may win in each task, bool ``[tasks, num_classes]``; traced."""
     train_sizes: jax.Array
     """Training examples of each task, int32 ``[tasks]``; traced."""
     steps_per_pass: jax.Array
@@ -115,7 +117,5 @@ class Method(NamedTuple):
     """Whether it keeps training examples."""
     plan: Callable[[Any], Any] | None = None
     """``plan(plan)``: another plan of training, such as all tasks' data at once."""
-    check: Callable[[Mapping[str, Any]], None] | None = None
-    """Raises ValueError for plain settings that the method refuses."""
     parts: tuple[str, ...] = ()
     """Of a method named ``a+b``, the names whose settings it shares."""

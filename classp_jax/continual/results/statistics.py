@@ -104,7 +104,8 @@ def rows(results: Results, reference: str | None = None) -> tuple[Row, ...]:
 
     Args:
       results: the runs, at least one.
-      reference: the label of the method to compare with; None: the first line's.
+      reference: the label of the method to compare with; None: the first line's
+        whose seeds have not diverged.
 
     Raises:
       ResultsError: if there are no runs, or none is called so.
@@ -125,7 +126,8 @@ def find_reference(groups: Sequence[Variant], reference: str | None) -> str:
         raise ResultsError("There are no finished runs to show.")
     labels = [group.label for group in groups]
     if reference is None:
-        return labels[0]
+        stable = [g.label for g in groups if not any(run.diverged for run in g.runs)]
+        return (stable or labels)[0]
     if reference not in labels:
         raise ResultsError(
             f"There is no method {reference!r} to compare with; there are "

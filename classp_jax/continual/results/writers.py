@@ -72,7 +72,7 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Iterator[OnMetrics]:
       ResultsError: if tensorboardX is not installed, or a file cannot be written.
     """
     try:
-        import tensorboardX  # noqa: N813
+        import tensorboardX
     except ImportError:
         raise ResultsError(
             "Metrics for TensorBoard need tensorboardX, which is not installed; "

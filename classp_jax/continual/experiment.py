@@ -1,0 +1,124 @@
+"""From an experiment's options to what runs: a stream, a network, methods."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from classp_jax.continual import own
+from classp_jax.continual._names import nearest
+from classp_jax.continual.config import ConfigError, Data, Experiment, Network, Settings
+from classp_jax.continual.data.streams import StreamMaker, make_stream
+from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.methods.protocol import Method
+from classp_jax.continual.methods.registry import as_methods, method, settings_of
+
+T = TypeVar("T")
+
+
+class Prepared(NamedTuple):
+    """An experiment, read and checked; nothing has been trained."""
+
+    stream: StreamMaker
+    model: Any
+    """As ``run`` takes it."""
+    model_options: dict[str, Any]
+    """What else a network that has a name is made from."""
+    methods: dict[str, Method]
+    settings: Settings
+    """What the options say of each of them, by its name."""
+    training: dict[str, Any]
+    """How to train, as arguments of ``run``."""
+    evaluation: dict[str, Any]
+    """How to measure, likewise."""
+
+
+def prepare(experiment: Experiment, asked: Settings | None = None) -> Prepared:
+    """Reads the data and checks everything that the options name.
+
+    Args:
+      experiment: the options.
+      asked: settings that win over the experiment's own.
+
+    Raises:
+      ContinualError: in one line, for whatever does not exist or does not fit.
+    """
+    asked = asked or {}
+    methods = _methods(experiment)
+    _check_settings(experiment, methods)
+    check_owners("--set", asked, methods.values(), others=("model",))
+    model, options = _network(
+        experiment.network,
+        experiment.settings.get("model", {}) | asked.get("model", {}),
+    )
+    return Prepared(
+        stream=stream(experiment.data),
+        model=model,
+        model_options=options,
+        methods=methods,
+        settings={
+            name: settings_of(found, experiment.settings) | settings_of(found, asked)
+            for name, found in methods.items()
+        },
+        training=dataclasses.asdict(experiment.training),
+        evaluation=dataclasses.asdict(experiment.evaluation),
+    )
+
+
+def stream(data: Data) -> StreamMaker:
+    """The recipe of the stream; its data is read now."""
+    options = dataclasses.asdict(data)
+    return make_stream(options.pop("stream"), options.pop("source"), **options)
+
+
+def check_owners(
+    option: str,
+    owners: Iterable[str],
+    methods: Iterable[Method],
+    others: Iterable[str] = (),
+) -> None:
+    """Raises ConfigError for settings of a method that does not take part."""
+    known = list(dict.fromkeys([part for m in methods for part in m.parts]))
+    known.extend(others)
+    for owner in owners:
+        if owner not in known:
+            raise ConfigError(f"{option} names {owner!r}{nearest(owner, known)}")
+
+
+def _methods(experiment: Experiment) -> dict[str, Method]:
+    made = [own.method(text) for text in experiment.method]
+    # Asked for by --method alone, only the user's own would be compared with nothing.
+    return as_methods([*experiment.methods, *made])
+
+
+def _check_settings(experiment: Experiment, methods: Mapping[str, Method]) -> None:
+    """Refuses settings of a method, or a setting, that does not exist.
+
+    A file may have settings of methods that do not take part.
+    """
+    for owner, values in experiment.settings.items():
+        if owner == "model":
+            continue
+        try:
+            known = methods[owner] if owner in methods else method(owner)
+            settings_of(known, {owner: values})
+        except ContinualError as error:
+            raise ConfigError(f"settings.{owner}: {error}") from error
+
+
+def _network(
+    network: Network, settings: Mapping[str, float]
+) -> tuple[Any, dict[str, Any]]:
+    options = dataclasses.asdict(network)
+    name = options.pop("model")
+    if own.is_reference(name):
+        return own.model(name, settings), {}
+    if settings:
+        raise ConfigError(
+            f"model {name!r} has options, such as --hidden, but no settings"
+        )
+    reads = {
+        "mlp": ("hidden", "initialisation"),
+        "cnn": ("initialisation",),
+        "transformer": ("width", "heads", "feed_forward"),
+    }
+    return name, {key: options[key] for key in reads.get(name, ())}

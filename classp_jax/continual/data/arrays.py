@@ -50,6 +50,12 @@ class Split:
         """The number of examples."""
         return len(self.y if self.rows is None else self.rows)
 
+    def indices(self) -> np.ndarray:
+        """The rows, int32 ``[n]``, also where they are all."""
+        if self.rows is None:
+            return np.arange(len(self.y), dtype=np.int32)
+        return self.rows
+
     def inputs(self) -> np.ndarray:
         """A copy of the examples as the task shows them, ``[n, ...]``."""
         x = self.x if self.rows is None else self.x[self.rows]

@@ -111,8 +111,8 @@ class Evaluation:
     """How often accuracy is measured during a task."""
     max_test: _Count | None = None
     """Measure on at most this many test examples per task."""
-    unseen_tasks: bool = False
-    """Also measure tasks that are yet to come, for forward transfer."""
+    evaluate: Literal["seen", "all"] = "seen"
+    """Tasks to measure: those seen so far, or all, for forward transfer too."""
     score_training: bool = False
     """Also measure accuracy on the training data, with dropout active."""
 

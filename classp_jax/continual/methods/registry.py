@@ -6,7 +6,7 @@ CLASSP.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import optax
@@ -161,6 +161,23 @@ def settings_of(method: Method, layer: Mapping[str, Mapping[str, T]]) -> dict[st
             if name in own:
                 settings[name] = value
     return settings
+
+
+def check_owners(what: str, owners: Iterable[str], methods: Iterable[Method]) -> None:
+    """Refuses settings of a method that does not take part.
+
+    Args:
+      what: what the error calls them.
+      owners: the names of methods or parts that settings are given for.
+      methods: the methods that take part.
+
+    Raises:
+      ContinualError: for a name that is neither one of them nor a part of one.
+    """
+    known = list(dict.fromkeys(p for m in methods for p in (m.name, *m.parts)))
+    for owner in owners:
+        if owner not in known:
+            raise ContinualError(f"{what} names {owner!r}{nearest(owner, known)}")
 
 
 def resolve_settings(

@@ -103,5 +103,6 @@ def stream(
             result.append(drawn._replace(name=task))
         return result
 
-    options |= {"stream": name, "tasks": len(data)}
+    options |= {"stream": name, "source": ["arrays"], "tasks": len(data)}
+    options["num_classes"] = len(class_names)
     return new_maker(draw_tasks, data, len(class_names), words, **options)

@@ -103,13 +103,14 @@ class StreamMaker:
         )
 
     def describe(self) -> str:
-        """What was read: a line for the stream, and one for its first three sources."""
+        """What was read: a line for the stream, and one for its sources."""
         how = self.configuration
         words = f", {self.vocabulary_size:,} tokens" if self.vocabulary_size else ""
         distinct = list({id(source): source for source in self.sources}.values())
-        lines = [_described(source) for source in distinct[:3]]
-        if len(distinct) > 3:
-            lines.append(f"and {len(distinct) - 3} more")
+        shown = distinct if len(distinct) <= 3 else distinct[:1]
+        lines = [_described(source) for source in shown]
+        if len(distinct) > len(shown):
+            lines.append(f"and {len(distinct) - 1} more")
         return (
             f"{how['stream']}: {how['tasks']} tasks, {how['scenario']}, "
             f"{self.num_classes} outputs{words}\n{'; '.join(lines)}"
@@ -119,8 +120,8 @@ class StreamMaker:
 def new_maker(
     draw_tasks: Callable[[int], list[Task]],
     sources: Sequence[Source],
-    num_classes: int,
-    vocabulary_size: int = 0,
+    num_outputs: int,
+    num_tokens: int = 0,
     *,
     stream: str,
     tasks: int,
@@ -144,8 +145,8 @@ def new_maker(
         configuration=configuration,
         fingerprint=hashlib.sha256(digests.encode()).hexdigest()[:16],
         sources=tuple(sources),
-        num_classes=num_classes,
-        vocabulary_size=vocabulary_size,
+        num_classes=num_outputs,
+        vocabulary_size=num_tokens,
         draw_tasks=draw_tasks,
     )
 
@@ -163,12 +164,6 @@ def read_sources(
         if source not in found:
             found[source] = read_source(source, data_dir)
         result.append(found[source])
-    for source in result:
-        if len(source.class_names) < 2:
-            raise DataError(
-                f"{source.name}: needs at least two classes, has "
-                f"{', '.join(source.class_names)}."
-            )
     return result
 
 
@@ -245,8 +240,8 @@ def short_name(name: str) -> str:
     """A source's name without its reader and folder.
 
     Example:
-      >>> short_name("npz:/data/letters.npz"), short_name("tfds:mnist"), short_name("digits")
-      ('letters', 'mnist', 'digits')
+      >>> [short_name(n) for n in ("npz:/data/letters.npz", "tfds:mnist", "digits")]
+      ['letters', 'mnist', 'digits']
     """
     prefix, _, rest = name.partition(":")
     return pathlib.Path(rest).stem if prefix in ("npz", "tsv") else rest or name

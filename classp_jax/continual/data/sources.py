@@ -56,9 +56,9 @@ def make_source(
       class_names: a name for every label.
 
     Raises:
-      DataError: if a part is empty, has a label that is not a class or as many labels
-        as examples, or if the examples for testing look otherwise than those for
-        training.
+      DataError: if there are fewer than two classes, if a part is empty or has a label
+        that is not a class, or if the examples for testing differ in shape or dtype
+        from those for training.
 
     Example:
       >>> train = Examples("vector", np.ones((9, 3), np.float32), np.arange(9) % 2)
@@ -67,6 +67,10 @@ def make_source(
       (8, 1, True)
     """
     class_names = tuple(class_names)
+    if len(class_names) < 2:
+        raise DataError(
+            f"{name}: needs at least two classes, has {', '.join(class_names)}."
+        )
     hashed = hashlib.sha256(repr(class_names).encode())
     for part, examples in (("training", train), ("test", test)):
         if examples is not None:
@@ -156,7 +160,7 @@ def class_names_of(name: str, parts: Sequence[Examples]) -> list[str]:
       DataError: if there would be more classes than examples, for a stray large number
         must not become a head with a million outputs.
     """
-    num_classes = 1 + max(int(part.y.max(initial=1)) for part in parts)
+    num_classes = 1 + max(int(part.y.max(initial=0)) for part in parts)
     num_examples = sum(len(part.y) for part in parts)
     if num_classes > max(num_examples, 2):
         raise DataError(

@@ -38,17 +38,13 @@ def aligned(runs: tuple[Run, ...]) -> Curves:
     Seeds may have different numbers of steps, as where each draws its own classes. Each
     seed's steps become positions by its own task ends, and its accuracies are
     interpolated linearly between the points at which they were taken; nothing is
-    extrapolated. Seeds with the same steps are left as they are, to the last bit.
+    extrapolated. Seeds with the same steps are left as they are, to the last bit. A run
+    without a curve has the rows of its matrix.
     """
-    num_tasks = len(runs[0].matrix[0])
-    runs = tuple(run for run in runs if run.curve)
-    if not runs:
-        return Curves(np.zeros(0), np.zeros((0, 0, num_tasks)), np.zeros((0, 0)))
-    grid = _positions(runs[0])
+    grid, _ = _curve(runs[0])
     tasks, seen = [], []
     for run in runs:
-        positions = _positions(run)
-        curve = 100 * np.asarray(run.curve, float).reshape(len(positions), num_tasks)
+        positions, curve = _curve(run)
         tasks.append(
             np.stack([_interpolated(grid, positions, c) for c in curve.T], axis=1)
         )
@@ -56,9 +52,14 @@ def aligned(runs: tuple[Run, ...]) -> Curves:
     return Curves(grid, np.stack(tasks), np.stack(seen))
 
 
-def _positions(run: Run) -> np.ndarray:
+def _curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [points] and accuracies in % [points, N]."""
+    if not run.curve:
+        # The rows of the matrix are a curve, too, with a point per task.
+        return np.arange(len(run.matrix)), 100 * np.asarray(run.matrix, float)
     ends = [0, *run.task_ends]
-    return np.interp(run.curve_steps, ends, np.arange(len(ends)))
+    positions = np.interp(run.curve_steps, ends, np.arange(len(ends)))
+    return positions, 100 * np.asarray(run.curve, float)
 
 
 def _seen(positions: np.ndarray, curve: np.ndarray) -> np.ndarray:

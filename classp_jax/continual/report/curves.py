@@ -1,7 +1,6 @@
 """The picture of accuracy while training goes on."""
 
 import math
-import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,13 +15,16 @@ from classp_jax.continual.report.styles import (
     Style,
     literal,
     method_styles,
+    shortened,
     with_left_out,
 )
 from classp_jax.continual.results.records import Results
 from classp_jax.continual.results.variants import variants
 
 _MAX_PANELS = 12
-_MAX_BOUNDARIES = 25  # tasks, beyond which lines at their ends would be all one sees
+# Tasks, beyond which lines at their ends would be all that one sees: in the upper
+# panel, in the small ones.
+_MAX_BOUNDARIES = (25, 10)
 _X_LABEL = "training (tasks)"
 
 
@@ -62,16 +64,16 @@ def accuracy_picture(results: Results) -> Figure:
         for panel, task in zip(panels, shown, strict=True):
             _draw(panel, curve.positions, curve.tasks[:, :, task], look[label], 1.2)
 
-    _finish_axes(top, min(1, len(names) - 1), len(names), 10)
+    _finish_axes(top, min(1, len(names) - 1), len(names), 10, _MAX_BOUNDARIES[0])
     top.set_ylim(_lowest([top], 5), 100.5)
     low = _lowest(panels, 25)
     for i, (panel, task) in enumerate(zip(panels, shown, strict=True)):
-        _finish_axes(panel, 0, len(names), 4)
+        _finish_axes(panel, 0, len(names), 4, _MAX_BOUNDARIES[1])
         panel.set_ylim(low - 1, 101)
         panel.set_yticks(range(low, 101, 25))
         panel.axvspan(task, task + 1, color="0.92", lw=0, zorder=0)
-        name = textwrap.shorten(names[task], 80 // columns, placeholder="...")
-        panel.set_title(literal(f"task {task + 1}: {name}"), loc="left")
+        name = shortened(f"task {task + 1}: {names[task]}", 96 // columns)
+        panel.set_title(name, loc="left")
         panel.tick_params(
             labelleft=i % columns == 0, labelbottom=i + columns >= len(panels)
         )
@@ -140,8 +142,10 @@ def _draw(
         axes.fill_between(positions, low, high, color=style.color, alpha=0.13, lw=0)
 
 
-def _finish_axes(axes: Axes, start: float, num_tasks: int, ticks: int) -> None:
-    if num_tasks <= _MAX_BOUNDARIES:
+def _finish_axes(
+    axes: Axes, start: float, num_tasks: int, ticks: int, max_boundaries: int
+) -> None:
+    if num_tasks <= max_boundaries:
         for end in range(1, num_tasks):
             axes.axvline(end, color="0.75", lw=0.7, zorder=0.5)
     axes.set_xlim(start, num_tasks)
@@ -168,7 +172,7 @@ def _add_key(axes: Axes, curves: dict[str, Curves], look: dict[str, Style]) -> N
             ls=look[label].line if finals[label][1] > 1 else "",
             marker=look[label].marker if finals[label][1] == 1 else "",
             lw=1.8,
-            label=literal(textwrap.shorten(label, 36, placeholder="...")),
+            label=shortened(label, 36),
         )
         for label in order
     ]

@@ -1,7 +1,7 @@
 """The picture of the accuracy matrices."""
 
+import itertools
 import math
-import textwrap
 
 import matplotlib
 import numpy as np
@@ -15,7 +15,7 @@ from classp_jax.continual.report.curves import num_columns
 from classp_jax.continual.report.styles import (
     FONT_SIZE,
     WIDTH,
-    literal,
+    shortened,
     with_left_out,
 )
 from classp_jax.continual.results.records import Results
@@ -32,7 +32,7 @@ def matrix_picture(results: Results) -> Figure:
         # Cells must be wide enough for their numbers.
         columns = min(columns, 3)
     num_rows = max(1, math.ceil(len(methods) / columns))
-    size = min(3.3, WIDTH / columns)
+    size = min(3.3, 1.6 + 0.4 * num_tasks, WIDTH / columns)
     figure = Figure(
         figsize=(min(WIDTH, size * columns + 1), 0.7 + size * num_rows),
         layout="constrained",
@@ -51,8 +51,7 @@ def matrix_picture(results: Results) -> Figure:
     for i, (label, R) in enumerate(zip(methods, means, strict=True)):
         panels[i].set_axis_on()
         panels[i].imshow(R, cmap=cmap, norm=norm, aspect="auto")
-        title = textwrap.shorten(label, int(11 * size), placeholder="...")
-        panels[i].set_title(literal(title), loc="left")
+        panels[i].set_title(shortened(label, int(11 * size)), loc="left")
         _finish_axes(panels[i], R)
         panels[i].set_ylim(num_tasks + 0.5, first - 0.5)
         if num_tasks <= _MAX_NUMBERED:
@@ -79,7 +78,10 @@ def _finish_axes(axes: Axes, R: np.ndarray) -> None:
             color="white",
             lw=1.5,
         )
-    step = math.ceil(num_tasks / _MAX_NUMBERED)
+    least = num_tasks / _MAX_NUMBERED
+    step = next(
+        s for s in itertools.chain([1, 2, 5], itertools.count(10, 10)) if s >= least
+    )
     ticks = range(step - 1, num_tasks, step)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, pad=2)

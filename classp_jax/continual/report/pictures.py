@@ -82,9 +82,12 @@ def picture_files(results: Results) -> dict[str, bytes]:
     files = {}
     for name in PICTURES:
         figure = picture(results, name)
-        for suffix, metadata in _FORMATS.items():
-            content = io.BytesIO()
-            with matplotlib.rc_context(RC):
+        with matplotlib.rc_context(RC):
+            # The layout takes longer than the drawing, and is the same for each format.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            for suffix, metadata in _FORMATS.items():
+                content = io.BytesIO()
                 figure.savefig(content, format=suffix, metadata=metadata)
-            files[f"{name}.{suffix}"] = content.getvalue()
+                files[f"{name}.{suffix}"] = content.getvalue()
     return files

@@ -106,6 +106,11 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def shortened(text: str, width: int) -> str:
+    """At most so many characters, and no formula in them."""
+    return literal(text if len(text) <= width else f"{text[: width - 1]}…")
+
+
 def method_styles(results: Results) -> dict[str, Style]:
     """The style of every method, drawn or not, so that none depends on who diverged."""
     return styles([variant.label for variant in variants(results.runs)])

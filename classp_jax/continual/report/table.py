@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import shutil
+import statistics
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,8 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from classp_jax.continual.results.records import Results
-from classp_jax.continual.results.statistics import Difference, Estimate, Row, rows
-from classp_jax.continual.results.variants import find_reference, variants
+from classp_jax.continual.results.statistics import (
+    Difference,
+    Estimate,
+    Row,
+    find_reference,
+    rows,
+)
+from classp_jax.continual.results.variants import variants
 
 _LABEL_WIDTH = 22
 
@@ -88,9 +95,11 @@ def table_content(results: Results, reference: str | None = None) -> Content:
     """What the table says; see :meth:`Results.table` for arguments and errors."""
     lines = rows(results, reference)
     reference = find_reference(variants(results.runs), reference)
-    same_seeds = len({len(row.seeds) for row in lines}) == 1
+    usual = statistics.mode(len(row.seeds) for row in lines)
     labels = [
-        row.label if same_seeds else f"{row.label}, {_seeds(len(row.seeds))}"
+        row.label
+        if len(row.seeds) == usual
+        else f"{row.label}, {_seeds(len(row.seeds))}"
         for row in lines
     ]
 
@@ -137,7 +146,7 @@ def table_content(results: Results, reference: str | None = None) -> Content:
         ),
     )
     return Content(
-        title=_title(results, lines),
+        title=_title(results, usual),
         labels=Column("Method", tuple(_fold(label, _LABEL_WIDTH) for label in labels)),
         accuracies=tuple(filter(_says_something, accuracies)),
         costs=tuple(filter(_says_something, costs)),
@@ -218,13 +227,11 @@ def _rich_table(columns: Sequence[Column]) -> Table:
     return table
 
 
-def _title(results: Results, lines: Sequence[Row]) -> str:
+def _title(results: Results, seeds: int) -> str:
     stream = results.stream
     count = len(stream["task_names"])
     tasks = "1 task" if count == 1 else f"{count} tasks"
-    parts = [stream["name"], stream["scenario"], tasks]
-    counts = {len(row.seeds) for row in lines}
-    return ", ".join(parts + ([_seeds(counts.pop())] if len(counts) == 1 else []))
+    return ", ".join([stream["name"], stream["scenario"], tasks, _seeds(seeds)])
 
 
 def _seeds(count: int) -> str:
@@ -254,7 +261,7 @@ def _difference(difference: Difference | None) -> str:
     if not difference.word:
         return mean
     half = 100 * (difference.high - difference.mean)
-    return f"{mean} ± {half:.1f} {difference.word:<6}".rstrip()
+    return f"{mean} ± {half:.1f} {difference.word}"
 
 
 def _fixed(number: float, decimals: int) -> str:

@@ -91,7 +91,7 @@ def _scale_bytes(axes: Axes, largest: float) -> None:
     """Sets the x axis: linear, or logarithmic above 4 bytes where one is far out."""
     if largest <= 24:
         room = max(largest, 4)
-        axes.set_xlim(-0.06 * room, 1.15 * room)
+        axes.set_xlim(-0.06 * room, 1.3 * room)
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 4, 5, 10]))
         return
     axes.set_xscale("symlog", base=2, linthresh=4)
@@ -101,7 +101,7 @@ def _scale_bytes(axes: Axes, largest: float) -> None:
     axes.xaxis.set_major_locator(FixedLocator([0, 2, *(2**k for k in powers)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(-0.6, largest * 1.5)
+    axes.set_xlim(-0.6, largest * 2)
 
 
 def _label(figure: Figure, axes: Axes, points: list[_Point]) -> None:
@@ -141,6 +141,6 @@ def _label(figure: Figure, axes: Axes, points: list[_Point]) -> None:
         force_text=(0.3, 0.5),
         force_static=(0.3, 0.5),
         # By count, not by time: the same results give the same picture.
-        iter_lim=500,
+        iter_lim=150,
         arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkB": 4},
     )

@@ -1,4 +1,4 @@
-"""What changes where a task ends: learning rate, scaling, optimizer state; and joint."""
+"""What changes at a task boundary: rate, scaling, optimizer state; joint training."""
 
 from collections.abc import Mapping
 from typing import Any

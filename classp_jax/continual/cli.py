@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(options, Sweep):
             _sweep(options, command, console)
         elif isinstance(options, Report):
-            _report(options, command, console)
+            _report(options, console)
         else:
             _list(console)
     except UsageError as error:
@@ -94,6 +94,7 @@ def _run(options: Run, command: str, console: Console) -> None:
 
     prepared = prepare(options, assigned(options, options.methods))
     folder = out_folder(options)
+    console.print(prepared.stream.describe())
     _say_where_settings_are_from(options, console)
     with _progress(console) as progress, _writers(options, folder) as on_metrics:
         results = run(
@@ -106,12 +107,13 @@ def _run(options: Run, command: str, console: Console) -> None:
             **prepared.training,
             **prepared.evaluation,
             folder=folder,
+            save_weights=options.save_weights,
             command=command,
+            announce=console.print,
             progress=progress,
             on_metrics=on_metrics,
-            save_weights=options.save_weights,
         )
-    report.write_report(results, folder, command=command)
+    report.write_report(results, folder)
     console.print(results.table())
     _hint_at_divergence(results, console)
     console.print(f"results and pictures: {folder}")
@@ -119,10 +121,12 @@ def _run(options: Run, command: str, console: Console) -> None:
 
 def _begin(options: ExperimentOptions, console: Console) -> None:
     """A sign of life, before the seconds that imports and data take."""
-    sources = " ".join(options.data.source)
+    seeds = options.tuning_seeds if isinstance(options, Sweep) else options.seeds
+    trials = f"{options.trials} trials of each, " if isinstance(options, Sweep) else ""
     console.print(
-        f"{options.data.stream} {sources}: {len(options.methods) + len(options.method)}"
-        f" methods, {len(options.seeds)} seeds"
+        f"{options.data.stream} {' '.join(options.data.source)}: "
+        f"{len(options.methods) + len(options.method)} methods, {trials}"
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}"
     )
     if options.compilation_cache:
         _keep_compiled_code()
@@ -142,7 +146,7 @@ def _keep_compiled_code() -> None:
 
 def _say_where_settings_are_from(options: Run, console: Console) -> None:
     if options.preset is not None:
-        text = f"the preset {options.preset}'s, tuned for it"
+        text = f"those of the preset {options.preset}"
     elif options.config is not None:
         text = f"those of {options.config}; elsewhere the library's defaults"
     else:
@@ -191,7 +195,7 @@ def _progress(console: Console) -> Iterator[Any]:
     columns = (
         bars.TextColumn("{task.description:<18}"),
         bars.BarColumn(),
-        bars.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
         bars.TextColumn("{task.fields[note]}"),
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
@@ -218,10 +222,8 @@ class _Lines:
 
     def __call__(self, event: Any) -> None:
         if event.task_finished:
-            self.console.print(
-                f"{event.method}: task {event.task + 1} of {event.tasks}, "
-                f"{_accuracy(event.accuracy)}"
-            )
+            what = f"task {event.task + 1} of {event.tasks}"
+            self.console.print(f"{event.method}: {what}, {_accuracy(event.accuracy)}")
             self.console.file.flush()
 
 
@@ -236,9 +238,9 @@ def _sweep(options: Sweep, command: str, console: Console) -> None:
     from classp_jax.continual.experiment import prepare
     from classp_jax.continual.results.files import write_atomically
 
-    asked = assigned(options, options.methods)
-    prepared = prepare(options, asked)
+    prepared = prepare(options, assigned(options, options.methods))
     folder = out_folder(options)
+    console.print(prepared.stream.describe())
 
     def show(name: str, done: int, trials: int, score: float) -> None:
         console.print(f"{name}: {done} of {trials} trials, best {score:.1%}")
@@ -255,14 +257,15 @@ def _sweep(options: Sweep, command: str, console: Console) -> None:
         model_options=prepared.model_options,
         **prepared.training,
         folder=folder,
+        announce=console.print,
         progress=show,
     )
-    winners = tuning.winners(options, tuned)
     header = (
         f"Best of {options.trials} trials for each method on validation data, seeds "
         f"{' '.join(map(str, options.tuning_seeds))}.\nWritten by: {command}"
     )
     path = folder / "config.toml"
+    winners = options.experiment(tuned.settings)
     write_atomically(path, write(winners, header=header).encode())
     for name, trials in tuned.trials.items():
         found = ", ".join(f"{k} {v:g}" for k, v in tuned.settings[name].items())
@@ -270,7 +273,7 @@ def _sweep(options: Sweep, command: str, console: Console) -> None:
     console.print(f"winners: classp-jax run --config {path}")
 
 
-def _report(options: Report, command: str, console: Console) -> None:
+def _report(options: Report, console: Console) -> None:
     from classp_jax.continual import report
     from classp_jax.continual.results import load, merge
 
@@ -280,7 +283,7 @@ def _report(options: Report, command: str, console: Console) -> None:
     results = merge([load(found) for found in options.folders])
     if options.out is not None:
         results = results.save(folder)
-    report.write_report(results, folder, command=command, reference=options.reference)
+    report.write_report(results, folder, options.reference)
     console.print(results.table(options.reference))
     console.print(f"report and pictures: {folder}")
 

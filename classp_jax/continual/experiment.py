@@ -1,18 +1,20 @@
 """From an experiment's options to what runs: a stream, a network, methods."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from classp_jax.continual import own
-from classp_jax.continual._names import nearest
 from classp_jax.continual.config import ConfigError, Data, Experiment, Network, Settings
 from classp_jax.continual.data.streams import StreamMaker, make_stream
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.methods.protocol import Method
-from classp_jax.continual.methods.registry import as_methods, method, settings_of
-
-T = TypeVar("T")
+from classp_jax.continual.methods.registry import (
+    as_methods,
+    check_owners,
+    method,
+    settings_of,
+)
 
 
 class Prepared(NamedTuple):
@@ -45,7 +47,9 @@ def prepare(experiment: Experiment, asked: Settings | None = None) -> Prepared:
     asked = asked or {}
     methods = _methods(experiment)
     _check_settings(experiment, methods)
-    check_owners("--set", asked, methods.values(), others=("model",))
+    check_owners(
+        "--set", [owner for owner in asked if owner != "model"], methods.values()
+    )
     model, options = _network(
         experiment.network,
         experiment.settings.get("model", {}) | asked.get("model", {}),
@@ -68,20 +72,6 @@ def stream(data: Data) -> StreamMaker:
     """The recipe of the stream; its data is read now."""
     options = dataclasses.asdict(data)
     return make_stream(options.pop("stream"), options.pop("source"), **options)
-
-
-def check_owners(
-    option: str,
-    owners: Iterable[str],
-    methods: Iterable[Method],
-    others: Iterable[str] = (),
-) -> None:
-    """Raises ConfigError for settings of a method that does not take part."""
-    known = list(dict.fromkeys([part for m in methods for part in m.parts]))
-    known.extend(others)
-    for owner in owners:
-        if owner not in known:
-            raise ConfigError(f"{option} names {owner!r}{nearest(owner, known)}")
 
 
 def _methods(experiment: Experiment) -> dict[str, Method]:
@@ -111,7 +101,9 @@ def _network(
     options = dataclasses.asdict(network)
     name = options.pop("model")
     if own.is_reference(name):
-        return own.model(name, settings), {}
+        # Its settings are a part of its name, which tells results apart.
+        numbers = "".join(f" {key}={value:g}" for key, value in settings.items())
+        return own.model(name, settings), {"name": f"{name}{numbers}"}
     if settings:
         raise ConfigError(
             f"model {name!r} has options, such as --hidden, but no settings"

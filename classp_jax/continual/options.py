@@ -54,6 +54,16 @@ class ExperimentOptions(Experiment):
     compilation_cache: bool = True
     """Keep compiled code in the user's cache folder, for a faster start next time."""
 
+    def experiment(self, settings: Settings) -> Experiment:
+        """What a file holds of these options, with settings in place of its own."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(Experiment)
+        }
+        model = assigned(self, ()).get("model")
+        settings = ({"model": model} if model else {}) | settings
+        return Experiment(**fields | {"settings": settings})
+
 
 @dataclasses.dataclass(frozen=True)
 class Run(ExperimentOptions):

@@ -1,6 +1,7 @@
 """Tuning: the same number of trials for every method, judged on validation data."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,18 @@ import numpy as np
 
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.methods.protocol import Method, Setting
+from classp_jax.continual.methods.registry import (
+    as_methods,
+    check_owners,
+    resolve_settings,
+    settings_of,
+)
 from classp_jax.continual.results import Run
 from classp_jax.continual.results.files import locked, write_atomically
 from classp_jax.continual.results.metrics import average_accuracy
+from classp_jax.continual.train import train
+from classp_jax.continual.train.cost import estimate
+from classp_jax.continual.train.run import set_up
 
 FILE_NAME = "trials.json"
 
@@ -58,6 +68,119 @@ class Space(NamedTuple):
         setting = self.settings[name]
         varies = len(setting.choices) > 1 or setting.low < setting.high
         return name not in self.fixed and varies
+
+
+def tune(
+    stream: Any,
+    model: Any,
+    methods: Any,
+    *,
+    trials: int = 32,
+    seeds: Sequence[int] = (1000, 1001),
+    together: int = 8,
+    ranges: Ranges | None = None,
+    settings: Mapping[str, Mapping[str, float]] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Tuned:
+    """Finds the best settings of methods, each by the same number of trials.
+
+    Settings are compared by :func:`score`, on validation data. Use other seeds than
+    those that will be reported.
+
+    Args:
+      stream: as for :func:`~classp_jax.continual.run`; it must have validation data.
+      model: as for ``run``.
+      methods: as for ``run``.
+      trials: how many settings of each method are evaluated.
+      seeds: with how many, and which, seeds each trial trains.
+      together: how many trials are drawn, and train side by side, at once.
+      ranges: what to draw a setting from in place of the method's own range, by method
+        or part and name: ``{"classp": {"eps": (1e-3, 1.0)}}``, log-uniformly.
+      settings: settings that are not drawn: ``{"classp": {"power": 1.0}}``.
+      model_options: as for ``run``.
+      folder: where trials are stored as they finish. The same call goes on there after
+        an interruption; another one is refused. None: nowhere.
+      progress: called after each batch of trials.
+      announce: called once, before training, with a line about sizes and time.
+      **options: how to train, as for ``run``.
+
+    Returns:
+      The winners, as ``run`` takes them for ``settings``, and all trials.
+
+    Raises:
+      ContinualError: in one line, for anything that does not exist or does not fit.
+
+    Example:
+      >>> from classp_jax import continual
+      >>> stream = continual.permuted("digits", tasks=2, max_train=64)
+      >>> found = continual.tune(
+      ...     stream, "mlp", ["sgd"], trials=2, seeds=[1000], epochs=1
+      ... )
+      >>> len(found.trials["sgd"]), list(found.settings["sgd"])
+      (2, ['learning_rate'])
+    """
+    for name in ("points", "evaluate", "evaluate_on", "score_training"):
+        if name in options:
+            raise TuningError(f"tune has no option {name!r}: it looks at the end alone")
+    for name, count in (("trials", trials), ("together", together)):
+        if count < 1:
+            raise TuningError(f"{name} must be >= 1: {count}")
+    chosen = as_methods(methods)
+    check_owners("settings", settings or {}, chosen.values())
+    check_owners("ranges", ranges or {}, chosen.values())
+    spaces = [
+        _space(method, ranges or {}, settings or {}) for method in chosen.values()
+    ]
+    setup = set_up(
+        stream,
+        model,
+        seeds,
+        model_options=model_options,
+        **options,
+        evaluate_on="validation",
+        points=1,
+    )
+    resolved = {
+        name: resolve_settings(method, settings or {})
+        for name, method in chosen.items()
+    }
+    cost = estimate(setup.experiment, chosen, resolved, trials)
+    if announce is not None:
+        announce(cost.describe())
+
+    def evaluate(method: Method, batch: list[dict[str, float]]) -> list[list[Run]]:
+        return train(setup.experiment, method, batch)
+
+    found = search(
+        spaces,
+        evaluate,
+        trials=trials,
+        together=together,
+        folder=folder,
+        identity={"seeds": list(seeds), **setup.configuration},
+        progress=progress,
+    )
+    return Tuned({name: best(made).settings for name, made in found.items()}, found)
+
+
+def _space(
+    method: Method, ranges: Ranges, settings: Mapping[str, Mapping[str, float]]
+) -> Space:
+    fixed = settings_of(method, settings)
+    resolve_settings(method, settings)  # Refuses what the method does not take.
+    described = dict(method.settings)
+    for name, (low, high) in settings_of(method, ranges).items():
+        if not 0 < low <= high < math.inf:
+            raise TuningError(f"range of {name} needs 0 < low <= high: {low}, {high}")
+        if name in fixed:
+            raise TuningError(f"{method.name}.{name} is fixed and has a range")
+        whole = described[name].integer
+        described[name] = Setting(low, low, high, integer=whole)
+    return Space(method, described, fixed)
 
 
 def score(runs: Sequence[Run]) -> float:

@@ -1,6 +1,7 @@
-"""Streams: the tasks hold what they should, and nothing leaks between parts."""
+"""Streams: the tasks hold what they should, nothing leaks, and seeds share arrays."""
 
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -13,34 +14,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classp_jax.continual.sources import Source, Split, load_source, source_from_arrays
-from classp_jax.continual.streams import (
-    SCENARIOS,
+from classp_jax.continual.data.arrays import Split, Stream, Task
+from classp_jax.continual.data.maker import SCENARIOS
+from classp_jax.continual.data.readers import read_source
+from classp_jax.continual.data.streams import (
     STREAMS,
-    Stream,
-    StreamError,
-    Task,
+    StreamMaker,
     make_stream,
-    stream_from_arrays,
+    permuted,
+    rotated,
+    sequence,
+    split,
+    stream,
 )
+from classp_jax.continual.errors import DataError
+
+DIGITS = functools.cache(lambda: read_source("digits"))
 
 
-@functools.cache
-def digits() -> Source:
-    return load_source("digits")
+def splits(task: Task) -> list[Split]:
+    return [task.train, task.validation, task.test]
 
 
-@functools.cache
-def real(name: str, data_dir: pathlib.Path) -> Source:
-    return load_source(name, data_dir=data_dir)
-
-
-def splits(parts: Task | Source) -> list[Split]:
-    return [parts.train, parts.validation, parts.test]
-
-
-def keys(split: Split) -> list[bytes]:
-    return [np.ascontiguousarray(x).tobytes() for x in split.x]
+def keys(part: Split) -> list[bytes]:
+    return [np.ascontiguousarray(x).tobytes() for x in part.inputs()]
 
 
 def assert_same(a: Stream, b: Stream) -> None:
@@ -49,179 +46,255 @@ def assert_same(a: Stream, b: Stream) -> None:
         assert task.name == other.name
         np.testing.assert_array_equal(task.classes, other.classes)
         for part, same in zip(splits(task), splits(other), strict=True):
-            np.testing.assert_array_equal(part.x, same.x)
-            np.testing.assert_array_equal(part.y, same.y)
+            np.testing.assert_array_equal(part.inputs(), same.inputs())
+            np.testing.assert_array_equal(part.labels(), same.labels())
 
 
-def refused(match: str, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(StreamError, match=match) as caught:
-        make_stream(*args, **kwargs)
+def refused(match: str, make: Any, *args: Any, seed: Any = 0, **kwargs: Any) -> None:
+    with pytest.raises(DataError, match=match) as caught:
+        make(*args, **kwargs)(seed)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def numbered(classes: int, each: int = 10, side: int = 4, channels: int = 1) -> Source:
+def numbered(classes: int, each: int = 10, side: int = 4, channels: int = 1) -> Any:
     """Images whose pixels are numbered and whose last pixel is the true class."""
     pixels = side * side * channels
     x = np.tile(np.arange(pixels, dtype=np.uint8), (classes * each, 1))
     y = np.arange(classes * each) % classes
     x[:, -1] = y
     x = x.reshape(-1, side, side, channels)
-    return source_from_arrays("numbered", x, y, x, y)
+    return x, y, x, y
 
 
-def texts(*rows: tuple[str, int], test: tuple[str, ...] = ("the end",)) -> Source:
-    def split(pairs: list[tuple[str, int]]) -> Split:
-        x = np.empty(len(pairs), object)
-        x[:] = [text for text, _ in pairs]
-        return Split(x, np.array([label for _, label in pairs], np.int32))
-
-    held = split([(text, 0) for text in test])
-    return Source("tsv:/a/b.tsv", "text", split(list(rows)), held, held, ("no", "yes"))
+def text_file(folder: pathlib.Path, *rows: tuple[str, str], name: str = "b") -> str:
+    path = folder / f"{name}.tsv"
+    path.write_text("".join(f"{label}\t{text}\n" for label, text in rows))
+    return f"tsv:{path}"
 
 
 # All streams.
 
 
-@pytest.mark.parametrize("name", ["permuted", "rotated", "split"])
+@pytest.mark.parametrize("name", [*STREAMS])
 @pytest.mark.parametrize("max_train", [None, 50])
 def test_parts_and_dtypes(name, max_train):
-    stream = make_stream(name, [digits()], max_train=max_train)
-    assert (stream.name, stream.kind, stream.vocabulary_size) == (name, "image", 0)
-    assert stream.scenario == "domain-incremental"
-    assert len(stream.tasks) == 5
-    assert len({task.name for task in stream.tasks}) == 5
-    for task in stream.tasks:
+    made = make_stream(name, ["digits"], max_train=max_train)(0)
+    assert (made.name, made.kind, made.vocabulary_size) == (name, "image", 0)
+    assert made.scenario == "domain-incremental"
+    assert len({task.name for task in made.tasks}) == (1 if name == "sequence" else 5)
+    for task in made.tasks:
         assert task.classes.dtype == bool
-        assert task.classes.tolist() == [True] * stream.num_classes
+        assert task.classes.tolist() == [True] * made.num_classes
         for part in splits(task):
-            assert part.x.dtype == np.uint8
-            assert part.x.shape == (len(part.y), 8, 8, 1)
-            assert part.y.dtype == np.int32
-            assert 0 <= part.y.min() <= part.y.max() < stream.num_classes
-        if max_train:
-            assert len(task.train.y) == max_train
-
-
-@pytest.mark.parametrize("name", ["permuted", "rotated", "split"])
-def test_no_image_of_a_task_is_in_two_parts(name):
-    # All 1,797 digits differ.
-    for task in make_stream(name, [digits()]).tasks:
+            assert part.inputs().dtype == np.uint8
+            assert part.inputs().shape == (len(part), 8, 8, 1)
+            assert part.labels().dtype == np.int32
+            assert part.indices().dtype == np.int32
+            assert (np.diff(part.indices()) > 0).all()
+            assert 0 <= part.labels().min() <= part.labels().max() < made.num_classes
+        # All 1,797 digits differ: none is in two parts.
         images = [set(keys(part)) for part in splits(task)]
-        sizes = [len(part.y) for part in splits(task)]
-        assert len(set.union(*images)) == sum(sizes)
+        assert len(set.union(*images)) == sum(len(part) for part in splits(task))
+        if max_train:
+            assert len(task.train) == max_train
 
 
 @pytest.mark.parametrize("name", [*STREAMS])
-def test_the_same_seed_gives_the_same_stream_and_another_does_not(name):
-    def made(seed: int) -> Stream:
-        return make_stream(name, [digits()], seed=seed, max_train=70)
+def test_a_stream_depends_on_its_seed_alone(name):
+    maker = make_stream(name, ["digits"], max_train=70)
+    alone, wide = maker(3), 2**70
+    maker(4)
+    assert_same(alone, maker(3))
+    assert_same(alone, make_stream(name, ["digits"], max_train=70)(3))
+    assert_same(maker(wide), maker(wide))
+    for other in (4, wide, 3 + 2**64):
+        with pytest.raises(AssertionError):
+            assert_same(alone, maker(other))
+    for part, same in zip(alone.tasks, maker(4).tasks, strict=True):
+        if name in ("rotated", "sequence"):
+            assert keys(part.test) == keys(same.test)
+            assert set(keys(part.validation)) != set(keys(same.validation))
 
-    assert_same(made(3), made(3))
-    with pytest.raises(AssertionError):
-        assert_same(made(3), made(4))
+
+@pytest.mark.parametrize(
+    ("make", "copies"),
+    [
+        (lambda: permuted("digits", tasks=10), 1),
+        (lambda: split("digits", scenario="class-incremental"), 1),
+        (lambda: split("digits"), 1),
+        (lambda: sequence(["digits"] * 4), 1),
+        (lambda: rotated("digits", tasks=4), 4),
+    ],
+)
+def test_tasks_parts_and_seeds_share_one_copy(make, copies):
+    maker: StreamMaker = make()
+    tasks = [task for seed in range(10) for task in maker(seed).tasks]
+    assert len({id(part.x) for task in tasks for part in splits(task)}) == copies
+    # Of its own a part has rows, and a task the order of its pixels.
+    owned = {
+        id(array): array.nbytes
+        for task in tasks
+        for part in splits(task)
+        for array in (part.rows, part.pixels)
+        if array is not None
+    }
+    assert sum(owned.values()) < len(tasks) * 4 * (1797 + 64 + 1)
 
 
 def test_max_train_chooses_anew_for_every_task_among_the_training_examples():
-    source = digits()
-    stream = make_stream("rotated", [source], num_tasks=3, max_train=60)
-    unturned = make_stream("sequence", [source] * 3, max_train=60)
-    chosen = [set(keys(task.train)) for task in unturned.tasks]
+    unlimited = sequence(["digits"] * 3)(0)
+    limited = sequence(["digits"] * 3, max_train=60)(0)
+    chosen = [set(keys(task.train)) for task in limited.tasks]
     assert [len(images) for images in chosen] == [60] * 3
-    assert all(images <= set(keys(source.train)) for images in chosen)
     assert len(chosen[0] & chosen[1]) < 30
-    for turned, task in zip(stream.tasks, unturned.tasks, strict=True):
-        np.testing.assert_array_equal(turned.train.y, task.train.y)
-        assert len(turned.validation.y) == len(source.validation.y)
-        assert len(turned.test.y) == len(source.test.y)
+    for task, whole, images in zip(limited.tasks, unlimited.tasks, chosen, strict=True):
+        assert images <= set(keys(whole.train))
+        assert keys(task.validation) == keys(whole.validation)
+        assert keys(task.test) == keys(whole.test)
+    assert_same(unlimited, sequence(["digits"] * 3, max_train=1295)(0))
 
 
-def test_max_train_above_what_there_is_changes_nothing():
-    some = make_stream("permuted", [digits()], max_train=1295)
-    assert_same(some, make_stream("permuted", [digits()]))
+@pytest.mark.parametrize("name", [*STREAMS])
+def test_without_validation_a_stream_is_the_same_but_for_that_part(name):
+    made = make_stream(name, ["digits"], tasks=2, validation_fraction=0)(0)
+    usual = make_stream(name, ["digits"], tasks=2)(0)
+    for task, other in zip(made.tasks, usual.tasks, strict=True):
+        assert len(task.validation) == 0
+        assert task.validation.inputs().shape == (0, 8, 8, 1)
+        assert len(task.train) == len(other.train) + len(other.validation)
+        np.testing.assert_array_equal(task.test.inputs(), other.test.inputs())
+
+
+def test_the_configuration_is_plain_json():
+    options: Any = {"tasks": np.int64(3), "max_train": np.int32(9)}
+    maker = split(numbered(6), **options)
+    assert json.loads(json.dumps(maker.configuration)) == {
+        "stream": "split",
+        "source": ["arrays"],
+        "tasks": 3,
+        "scenario": "domain-incremental",
+        "max_train": 9,
+        "validation_fraction": 0.1,
+    }
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    x, y = np.random.default_rng(0).random((40, 5), np.float32), np.arange(40) % 4
+    names = []
+    for name in ("one", "two"):
+        np.savez(tmp_path / name, x_train=x, y_train=y, x_test=x, y_test=y)
+        names.append(f"npz:{tmp_path / name}.npz")
+    fingerprint = permuted(names[0]).fingerprint
+    assert len(fingerprint) == 16
+    assert permuted(names[1], tasks=3).fingerprint == fingerprint
+    assert permuted((x, y, x.copy(), y.tolist())).fingerprint == fingerprint
+    changed = x.copy()
+    changed[39, 4] += 1
+    different = [
+        permuted((changed, y, x, y)),
+        permuted((x, y, changed, y)),
+        permuted((x, np.roll(y, 1), x, y)),
+        permuted((x, y)),
+        permuted((x.reshape(40, 5, 1), y, x.reshape(40, 5, 1), y)),
+        sequence([names[0], names[0]]),
+    ]
+    found = {maker.fingerprint for maker in different}
+    assert len(found - {fingerprint}) == len(different)
+
+
+def test_the_fingerprint_of_texts_tells_words_and_labels(tmp_path):
+    rows = [("ab"[i % 2], f"text {i}") for i in range(20)]
+    makers = [
+        sequence(text_file(tmp_path, *rows, name=name))
+        for name, rows in {
+            "one": rows,
+            "same": rows,
+            "word": [*rows[:-1], ("b", "text nineteen")],
+            "label": [*rows[:-1], ("a", "text 19")],
+            "name": [("ac"[label == "b"], text) for label, text in rows],
+        }.items()
+    ]
+    first, same, *others = [maker.fingerprint for maker in makers]
+    assert first == same
+    assert len({first, *others}) == 4
+
+
+def test_what_was_read_is_described(tmp_path):
+    rows = [("yn"[i % 2], f"text {i}") for i in range(30)]
+    described = sequence(text_file(tmp_path, *rows), vocabulary_size=10).describe()
+    assert described.splitlines()[0] == (
+        "sequence: 1 tasks, domain-incremental, 2 outputs, 10 tokens"
+    )
+    assert "30 texts (6 for testing), int32 [30], 2 classes: n, y" in described
+    x, y = np.zeros((30, 7)), np.arange(30) % 3
+    many = stream([(x, y)] * 5).describe()
+    assert many.splitlines()[1] == (
+        "arrays, task 1: 30 vectors (6 for testing), float32 [7], 3 classes: 0, 1, 2;"
+        " and 4 more"
+    )
 
 
 # Permuted.
 
 
-def orders(stream: Stream) -> list[np.ndarray]:
+def orders(made: Stream) -> list[np.ndarray]:
     """The order of the pixels in every task, seen in images that number them."""
     found = []
-    for task in stream.tasks:
-        images = np.concatenate([part.x for part in splits(task)])
+    for task in made.tasks:
+        images = np.concatenate([part.inputs() for part in splits(task)])
         assert (images == images[0]).all()
         found.append(images[0])
     return found
 
 
-def blank_numbered(side: int, channels: int = 1) -> Source:
+def blank_numbered(side: int, channels: int = 1) -> Any:
     pixels = np.arange(side * side * channels, dtype=np.uint8)
     x = np.tile(pixels, (20, 1)).reshape(20, side, side, channels)
     y = np.arange(20) % 2
-    return source_from_arrays("numbered", x, y, x, y)
+    return x, y, x, y
 
 
-@given(side=st.integers(2, 15), num_tasks=st.integers(1, 6), seed=st.integers(0, 2**40))
+@given(side=st.integers(2, 15), tasks=st.integers(1, 6), seed=st.integers(0, 2**70))
 @settings(deadline=None, max_examples=30)
-def test_permutations_are_bijections(side, num_tasks, seed):
-    source = blank_numbered(side)
-    stream = make_stream("permuted", [source], num_tasks=num_tasks, seed=seed)
-    found = orders(stream)
-    assert len(found) == num_tasks
+def test_permutations_are_bijections(side, tasks, seed):
+    found = orders(permuted(blank_numbered(side), tasks=tasks)(seed))
+    assert len(found) == tasks
     np.testing.assert_array_equal(found[0].ravel(), np.arange(side**2))
     for order in found:
         assert sorted(order.ravel()) == list(range(side**2))
     if side > 4:
-        assert len({order.tobytes() for order in found}) == num_tasks
-
-
-def test_the_first_task_is_the_source_itself():
-    task = make_stream("permuted", [digits()]).tasks[0]
-    for part, original in zip(splits(task), splits(digits()), strict=True):
-        np.testing.assert_array_equal(part.x, original.x)
-        np.testing.assert_array_equal(part.y, original.y)
+        assert len({order.tobytes() for order in found}) == tasks
 
 
 def test_a_permutation_depends_on_the_seed_and_the_task_alone():
     source = blank_numbered(8)
-    few = orders(make_stream("permuted", [source], num_tasks=3, seed=5, max_train=2))
-    many = orders(make_stream("permuted", [source], num_tasks=6, seed=5))
-    other = orders(make_stream("permuted", [source], num_tasks=3, seed=6))
+    few = orders(permuted(source, tasks=3, max_train=2)(5))
+    many = orders(permuted(source, tasks=6)(5))
+    other = orders(permuted(source, tasks=3)(6))
     for a, b, c in zip(few, many, other, strict=False):
         np.testing.assert_array_equal(a, b)
         assert (a == c).all() == (a is few[0])
 
 
 def test_a_permutation_moves_whole_pixels():
-    stream = make_stream("permuted", [blank_numbered(6, channels=3)], num_tasks=2)
-    moved = orders(stream)[1].reshape(36, 3)
+    moved = orders(permuted(blank_numbered(6, channels=3), tasks=2)(0))[1]
+    moved = moved.reshape(36, 3)
     np.testing.assert_array_equal(moved % 3, np.tile([0, 1, 2], (36, 1)))
     np.testing.assert_array_equal(moved // 3, np.repeat(moved[:, :1] // 3, 3, axis=1))
     assert sorted(moved[:, 0] // 3) == list(range(36))
 
 
-def test_permuted_digits_keep_their_labels_and_grey_values():
-    stream = make_stream("permuted", [digits()], num_tasks=3)
-    for task in stream.tasks[1:]:
-        for part, original in zip(splits(task), splits(digits()), strict=True):
-            np.testing.assert_array_equal(part.y, original.y)
-            before, after = (np.sort(p.x.reshape(-1, 64)) for p in (original, part))
-            np.testing.assert_array_equal(after, before)
-            assert (part.x != original.x).any()
+def test_the_features_of_vectors_are_permuted_too():
+    x, y = np.tile(np.arange(30.0), (20, 1)), np.arange(20) % 2
+    made = permuted((x, y, x, y), tasks=2)(0)
+    assert made.kind == "vector"
+    straight, moved = orders(made)
+    np.testing.assert_array_equal(straight, np.arange(30))
+    assert sorted(moved) == list(range(30))
+    assert (moved != straight).any()
 
 
 # Rotated.
-
-
-def test_a_rotation_by_0_is_the_identity_and_by_90_a_quarter_turn():
-    stream = make_stream("rotated", [digits()], num_tasks=2)
-    assert [task.name for task in stream.tasks] == ["0°", "90°"]
-    for straight, turned, original in zip(
-        *map(splits, stream.tasks), splits(digits()), strict=True
-    ):
-        np.testing.assert_array_equal(straight.x, original.x)
-        # numpy turns counter-clockwise as an image is shown, rows downwards.
-        np.testing.assert_array_equal(turned.x, np.rot90(original.x, axes=(1, 2)))
-        np.testing.assert_array_equal(turned.y, original.y)
 
 
 def turned(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -247,316 +320,271 @@ def turned(image: np.ndarray, degrees: float) -> np.ndarray:
 def test_rotations_are_bilinear_by_equal_angles(dtype):
     x = np.random.default_rng(0).integers(0, 256, (20, 7, 9, 2)).astype(dtype)
     y = np.arange(20) % 2
-    source = source_from_arrays("noise", x, y, x, y)
-    stream = make_stream("rotated", [source], num_tasks=4)
-    assert [task.name for task in stream.tasks] == ["0°", "45°", "90°", "135°"]
-    for task, degrees in zip(stream.tasks, (0, 45, 90, 135), strict=True):
-        assert task.test.x.dtype == dtype
+    made = rotated((x, y, x, y), tasks=4)(0)
+    assert [task.name for task in made.tasks] == ["0°", "45°", "90°", "135°"]
+    for task, degrees in zip(made.tasks, (0, 45, 90, 135), strict=True):
+        found = task.test.inputs()
+        assert found.dtype == dtype
         for channel in range(2):
             expected = turned(x[3, :, :, channel], degrees)
-            found = task.test.x[3, :, :, channel]
             # A byte is rounded to the nearest.
             atol = 0.5 + 1e-6 if dtype == np.uint8 else 1e-3
-            np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+            np.testing.assert_allclose(
+                found[3, :, :, channel], expected, rtol=0, atol=atol
+            )
+
+
+def test_a_rotation_by_0_is_the_identity_and_by_90_a_quarter_turn():
+    straight, quarter = rotated("digits", tasks=2)(0).tasks
+    for part, original in zip(splits(quarter), splits(straight), strict=True):
+        # numpy turns counter-clockwise as an image is shown, rows downwards.
+        np.testing.assert_array_equal(
+            part.inputs(), np.rot90(original.inputs(), axes=(1, 2))
+        )
+        np.testing.assert_array_equal(part.labels(), original.labels())
+    np.testing.assert_array_equal(straight.test.inputs(), DIGITS().test.inputs())
 
 
 # Split.
 
 
-@given(
-    classes=st.integers(2, 12), num_tasks=st.integers(1, 12), seed=st.integers(0, 999)
-)
+@given(classes=st.integers(2, 12), tasks=st.integers(1, 12), seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=40)
 @pytest.mark.parametrize("scenario", [*SCENARIOS])
-def test_split_divides_the_classes(scenario, classes, num_tasks, seed):
+def test_split_divides_the_classes(scenario, classes, tasks, seed):
     source = numbered(classes)
     smallest = 1 if scenario == "class-incremental" else 2
-    arguments = {"num_tasks": num_tasks, "scenario": scenario, "seed": seed}
-    if num_tasks * smallest > classes:
-        refused(f"{num_tasks} {scenario} tasks need at", "split", [source], **arguments)
+    options = {"tasks": tasks, "scenario": scenario}
+    if tasks * smallest > classes:
+        refused(f"{tasks} {scenario} tasks need at", split, source, **options)
         return
-    stream = make_stream("split", [source], **arguments)
-    groups = [np.unique(task.train.x[:, -1, -1, 0]) for task in stream.tasks]
+    made = split(source, **options)(seed)
+    groups = [np.unique(task.train.inputs()[:, -1, -1, 0]) for task in made.tasks]
     assert sorted(np.concatenate(groups)) == list(range(classes))
     sizes = [len(group) for group in groups]
     assert max(sizes) - min(sizes) <= 1
     outputs = max(sizes) if scenario == "domain-incremental" else classes
-    assert stream.num_classes == outputs
-    for task, group in zip(stream.tasks, groups, strict=True):
+    assert made.num_classes == outputs
+    assert len({task.name for task in made.tasks}) == tasks
+    for task, group in zip(made.tasks, groups, strict=True):
         assert task.name.startswith(str(group[0]))
-        may_win = range(outputs)
-        if scenario == "task-incremental":
-            may_win = group
+        may_win = group if scenario == "task-incremental" else range(outputs)
         np.testing.assert_array_equal(np.flatnonzero(task.classes), may_win)
-        for part, original in zip(splits(task), splits(source), strict=True):
-            true = part.x[:, -1, -1, 0]
-            assert len(true) == np.isin(original.y, group).sum()
+        for part in splits(task):
+            true = part.inputs()[:, -1, -1, 0]
             if scenario == "domain-incremental":
                 true = np.searchsorted(group, true)
-            np.testing.assert_array_equal(part.y, true)
+            np.testing.assert_array_equal(part.labels(), true)
+        assert len(task.test) == 10 * len(group)
+        assert len(task.train) + len(task.validation) == 10 * len(group)
 
 
 def test_split_digits_hold_every_example_once():
-    stream = make_stream("split", [digits()], scenario="class-incremental", seed=1)
-    for part in range(3):
+    made = split("digits", scenario="class-incremental")(1)
+    whole = sequence("digits")(1).tasks[0]
+    for part, original in enumerate(splits(whole)):
         found = [
             pair
-            for task in stream.tasks
+            for task in made.tasks
             for pair in zip(
-                keys(splits(task)[part]), splits(task)[part].y.tolist(), strict=True
+                keys(splits(task)[part]),
+                splits(task)[part].labels().tolist(),
+                strict=True,
             )
         ]
-        original = splits(digits())[part]
-        expected = zip(keys(original), original.y.tolist(), strict=True)
+        expected = zip(keys(original), original.labels().tolist(), strict=True)
         assert Counter(found) == Counter(expected)
 
 
 def test_the_order_of_the_classes_comes_from_the_seed():
-    orders = {
-        tuple(task.name for task in make_stream("split", [digits()], seed=seed).tasks)
-        for seed in range(10)
-    }
+    maker = split("digits")
+    orders = {tuple(task.name for task in maker(seed).tasks) for seed in range(10)}
     assert len(orders) == 10
 
 
 def test_groups_of_many_classes_have_short_names():
-    names = [
-        task.name for task in make_stream("split", [numbered(8)], num_tasks=2).tasks
-    ]
+    names = [task.name for task in split(numbered(8), tasks=2)(0).tasks]
     assert all(name.endswith("and 3 more") for name in names)
     assert len(set(names)) == 2
+
+
+def test_a_class_with_a_single_example_stays_in_training():
+    x, y, *_ = numbered(3)
+    y = np.where(y == 2, np.where(np.arange(30) == 2, 2, 0), y)
+    task = sequence([(x, y)])(0).tasks[0]
+    assert [np.sum(part.labels() == 2) for part in splits(task)] == [1, 0, 0]
+    refused(
+        "validation part: is empty",
+        split,
+        (x, y),
+        scenario="class-incremental",
+        tasks=3,
+    )
 
 
 # Sequence.
 
 
-def test_a_sequence_has_one_task_a_source_and_one_head():
-    small, large = numbered(3, side=8), digits()
-    stream = make_stream("sequence", [small, large, small])
-    assert [task.name for task in stream.tasks] == [
-        "numbered",
-        "digits",
-        "numbered (2)",
-    ]
-    assert stream.num_classes == 10
-    for task, source in zip(stream.tasks, (small, large, small), strict=True):
+def test_a_sequence_has_one_task_for_each_source_and_one_head():
+    made = sequence([numbered(3, side=8), "digits", "digits", numbered(3, side=8)])(0)
+    names = ["arrays", "digits", "digits (2)", "arrays (2)"]
+    assert [task.name for task in made.tasks] == names
+    assert made.num_classes == 10
+    for task in made.tasks:
         assert task.classes.tolist() == [True] * 10
-        for part, original in zip(splits(task), splits(source), strict=True):
-            np.testing.assert_array_equal(part.x, original.x)
-            np.testing.assert_array_equal(part.y, original.y)
+    first, again = made.tasks[1:3]
+    # Coming back to an old task: what it was validated on is not trained on now.
+    for part, same in zip(splits(first), splits(again), strict=True):
+        assert part.x is same.x
+        np.testing.assert_array_equal(part.indices(), same.indices())
 
 
-def test_words_are_numbered_by_frequency_then_alphabet():
-    source = texts(
-        ("The cat; the DOG.", 0),
-        ("a dog (the_best) isn't 42", 1),
-        ("dog ant", 1),
-        test=("Dog? Ant! the zebra", "...", "cat isn't the_best cat dog ant a"),
-    )
-    stream = make_stream("sequence", [source], text_length=6)
-    # dog 3, the 2, then once each: 42, a, ant, cat, isn't, the_best.
-    words = ["dog", "the", "42", "a", "ant", "cat", "isn't", "the_best"]
-    token = {word: number for number, word in enumerate(words, start=2)}
-    task = stream.tasks[0]
-    assert (stream.kind, stream.vocabulary_size) == ("text", 10)
-    assert (task.name, task.train.x.dtype) == ("b", np.int32)
-    the, cat, dog = token["the"], token["cat"], token["dog"]
-    assert task.train.x[0].tolist() == [the, cat, the, dog, 0, 0]
-    assert task.test.x.tolist() == [
-        [dog, token["ant"], the, 1, 0, 0],
-        [1, 0, 0, 0, 0, 0],
-        [cat, token["isn't"], token["the_best"], cat, dog, token["ant"]],
+def test_words_are_numbered_by_frequency_then_alphabet(tmp_path):
+    rows = [
+        ("no", "The cat; the DOG."),
+        ("yes", "a dog (the_best) isn't 42"),
+        ("yes", "dog ant"),
+        ("no", "..."),
     ]
-    fewer = make_stream("sequence", [source], text_length=6, vocabulary_size=5)
-    assert fewer.vocabulary_size == 5
-    assert fewer.tasks[0].train.x.tolist() == [
-        [3, 1, 3, 2, 0, 0],
-        [1, 2, 1, 1, 4, 0],
-        [2, 1, 0, 0, 0, 0],
+    rows += [("no", "zebra zebra zebra zebra w0")]
+    name = text_file(tmp_path, *rows)
+    maker = sequence(name, text_length=6, validation_fraction=0)
+    source = read_source(name)
+    task = maker(0).tasks[0]
+    counts = Counter()
+    words = {
+        "The cat; the DOG.": ["the", "cat", "the", "dog"],
+        "a dog (the_best) isn't 42": ["a", "dog", "the_best", "isn't", "42"],
+        "dog ant": ["dog", "ant"],
+        "...": [],
+        "zebra zebra zebra zebra w0": ["zebra", "zebra", "zebra", "zebra", "w0"],
+    }
+    for text in source.train.inputs():
+        counts.update(words[text])
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    assert maker.vocabulary_size == len(ranked) + 2
+    for part, texts in ((task.train, source.train), (task.test, source.test)):
+        for tokens, text in zip(part.inputs(), texts.inputs(), strict=True):
+            found = [ranked.index(w) + 2 if w in ranked else 1 for w in words[text]]
+            found = found or [1]
+            assert tokens.tolist() == found + [0] * (6 - len(found))
+    assert task.name == "b"
+    assert task.train.x.dtype == np.int32
+
+
+def test_the_vocabulary_is_of_all_sources_and_of_what_the_model_sees(tmp_path):
+    first = [("ab"[i % 2], f"one two{i % 4} three hidden") for i in range(4)]
+    second = [("ab"[i % 2], f"five one six{i % 5} hidden") for i in range(10)]
+    names = [
+        text_file(tmp_path, *[*rows, ("a", "x y"), ("b", "y z")], name=name)
+        for name, rows in (("first", first), ("second", second))
     ]
+    maker = sequence(names, text_length=3, vocabulary_size=4, validation_fraction=0)
+    assert maker.vocabulary_size == 4
+    stream = maker(0)
+    # "one" is the most frequent word of both together, "five" comes next; "hidden"
+    # stands behind the third word.
+    for task, name in zip(stream.tasks, names, strict=True):
+        for tokens, text in zip(task.train.x, read_source(name).train.x, strict=True):
+            expected = [{"one": 2, "five": 3}.get(word, 1) for word in text.split()[:3]]
+            assert tokens.tolist() == [*expected, 0][:3]
 
 
-def test_the_vocabulary_is_of_all_sources_and_of_what_the_model_sees():
-    first = texts(("one two three four", 0), ("one", 1))
-    second = texts(("two five six seven", 0), ("five", 1), test=("four one end",))
-    stream = make_stream("sequence", [first, second], text_length=3)
-    # Alphabetical among equals; "four" and "seven" stand behind the third word.
-    words = ["five", "one", "two", "six", "three"]
-    token = {word: number for number, word in enumerate(words, start=2)}
-    assert stream.vocabulary_size == 7
-    assert stream.tasks[1].train.x[0].tolist() == [token[w] for w in words[2::-2]] + [
-        token["six"]
-    ]
-    assert stream.tasks[1].test.x[0].tolist() == [1, token["one"], 1]
-
-
-def test_words_of_examples_left_out_by_max_train_are_unknown():
-    source = texts(*((f"word{i}", i % 2) for i in range(50)))
-    stream = make_stream("sequence", [source], max_train=10)
-    assert stream.vocabulary_size == 12
-    assert sorted(stream.tasks[0].train.x[:, 0]) == list(range(2, 12))
+def test_seeds_share_the_vocabulary_and_the_tokens(tmp_path):
+    rows = [("ab"[i % 2], f"word{i} and {i % 7}") for i in range(60)]
+    maker = sequence(text_file(tmp_path, *rows), max_train=10)
+    streams = [maker(seed) for seed in range(3)]
+    assert len({id(s.tasks[0].train.x) for s in streams}) == 1
+    assert len({s.vocabulary_size for s in streams}) == 1
+    assert len({tuple(s.tasks[0].train.indices()) for s in streams}) == 3
 
 
 def test_tokens_do_not_depend_on_the_hash_seed(tmp_path):
     rows = "".join(f"{'ab'[i % 2]}\tw{i} v{i % 5} u{i % 3}\n" for i in range(40))
     (tmp_path / "texts.tsv").write_text(rows)
     code = """if True:
-        from classp_jax.continual.sources import load_source
-        from classp_jax.continual.streams import make_stream
-        stream = make_stream("sequence", [load_source("tsv:texts.tsv")])
-        print(stream.tasks[0].train.x.tolist())
+        from classp_jax.continual.data.streams import sequence
+        maker = sequence("tsv:texts.tsv")
+        print(maker.fingerprint, maker(0).tasks[0].train.inputs().tolist())
     """
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(printed) == 1
-    assert "2" in printed.pop()
+    root = str(pathlib.Path(__file__).parents[2])
+    hash_seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": root},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    maker = sequence(f"tsv:{tmp_path}/texts.tsv")
+    expected = [maker.fingerprint, maker(0).tasks[0].train.inputs().tolist()]
+    assert ran.stdout.strip() == " ".join(map(str, expected))
 
 
-def test_phrasebank_then_imdb(shared_data):
-    bank = real(f"tsv:{shared_data / 'phrasebank_50agree.tsv'}", shared_data)
-    imdb = real("tfds:imdb_reviews", shared_data / "tfds")
-    stream = make_stream("sequence", [bank, imdb], vocabulary_size=5000)
-    assert (stream.num_classes, stream.vocabulary_size) == (3, 5000)
-    assert [task.name for task in stream.tasks] == [
-        "phrasebank_50agree",
-        "imdb_reviews",
-    ]
-    for task, source in zip(stream.tasks, (bank, imdb), strict=True):
-        for part, original in zip(splits(task), splits(source), strict=True):
-            assert part.x.shape == (len(original.y), 30)
-            assert 0 <= part.x.min() <= part.x.max() < 5000
-            # Every text has a word, and padding stands only behind the words.
-            assert (part.x[:, 0] > 0).all()
-            assert (np.diff((part.x == 0).astype(int)) >= 0).all()
-    # The most frequent word of English texts is the first one.
-    the = [
-        text.lower().split().count("the") and 2 in row
-        for text, row in zip(imdb.test.x[:200], stream.tasks[1].test.x, strict=False)
-        if "the" in text.lower().split()[:20]
-    ]
-    assert the
-    assert all(the)
+def test_split_divides_texts_and_sequences_take_tokens(tmp_path):
+    rows = [("abcd"[i % 4], f"word{i} same") for i in range(80)]
+    made = split(text_file(tmp_path, *rows), tasks=2)(0)
+    assert (made.kind, made.num_classes) == ("text", 2)
+    assert made.tasks[0].train.x is made.tasks[1].test.x
+    tokens, y = np.arange(140).reshape(20, 7), np.arange(20) % 2
+    made = sequence([(tokens // 2, y), (tokens, y)])(0)
+    assert (made.kind, made.vocabulary_size) == ("text", 140)
 
 
 # Refusals.
 
 
-def test_unknown_names_get_the_nearest_known_one():
-    refused("Unknown stream 'permute'; did you mean 'permuted'", "permute", [digits()])
-    refused(
-        "Unknown scenario 'class'; did you mean 'class-incremental'",
-        "split",
-        [digits()],
-        scenario="class",
-    )
-
-
-@pytest.mark.parametrize("name", ["permuted", "rotated", "sequence"])
-@pytest.mark.parametrize("scenario", ["class-incremental", "task-incremental"])
-def test_only_split_has_the_other_scenarios(name, scenario):
-    refused(f"'split' can be {scenario}", name, [digits()], scenario=scenario)
-
-
 @pytest.mark.parametrize(
-    ("argument", "value"),
+    ("name", "sources", "options", "match"),
     [
-        ("num_tasks", 0),
-        ("num_tasks", 2.0),
-        ("num_tasks", True),
-        ("max_train", 0),
-        ("text_length", 0),
-        ("vocabulary_size", 2),
-        ("seed", -1),
+        ("permute", ["digits"], {}, "stream 'permute'; did you mean 'permuted'"),
+        ("split", ["digits"], {"scenario": "class"}, "did you mean 'class-incrementa"),
+        ("permuted", ["digits"], {"scenario": "task-incremental"}, "'split' can be"),
+        ("sequence", ["digits"], {"scenario": "class-incremental"}, "'split' can be"),
+        ("rotated", ["digits"] * 2, {}, "one source, got 2; 'sequence' takes several"),
+        ("permuted", [], {}, "one source, got 0"),
+        ("sequence", [], {}, "at least one source"),
+        ("permuted", ["digts"], {}, "did you mean 'digits'"),
+        ("permuted", ["digits"], {"validation_fraction": 1e-4}, "validation .* empty"),
+        ("split", ["digits"], {"tasks": 0}, "tasks must be an integer >= 1, got 0"),
+        ("split", ["digits"], {"tasks": 2.0}, "tasks must be .* got 2.0"),
+        ("split", ["digits"], {"tasks": True}, "tasks must be .* got True"),
+        ("permuted", ["digits"], {"max_train": 0}, "max_train must be .* >= 1, got 0"),
+        ("sequence", ["digits"], {"text_length": 0}, "text_length must be .* >= 1"),
+        ("split", ["digits"], {"vocabulary_size": 2}, "vocabulary_size must .* >= 3"),
+        *(
+            ("permuted", ["digits"], {"validation_fraction": bad}, "at least 0 and bel")
+            for bad in (1, -0.1, float("nan"), "a", None)
+        ),
     ],
 )
-def test_arguments_out_of_range_are_named(argument, value):
+def test_options_that_do_not_work_are_named(name, sources, options, match):
+    refused(match, make_stream, name, sources, **options)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, None])
+def test_a_seed_that_is_no_natural_number_is_refused(seed):
+    refused("seed must be an integer >= 0", rotated, "digits", tasks=1, seed=seed)
+
+
+def test_streams_say_what_they_are_made_from(tmp_path):
+    texts = text_file(tmp_path, *[("ab"[i % 2], f"t{i}") for i in range(20)])
+    x, y = np.zeros((20, 8)), np.arange(20) % 2
+    refused("'permuted' is made from images or vectors; tsv:.* texts", permuted, texts)
+    refused("'rotated' is made from images; arrays has vectors", rotated, (x, y))
+    refused("one kind, got digits .image., tsv:", sequence, ["digits", texts])
+    refused("one kind, got tsv:.*, arrays", sequence, [texts, (x.astype(int), y)])
     refused(
-        f"{argument} must be .*got {value}", "split", [digits()], **{argument: value}
+        r"image uint8 \[4, 4, 1\], .* digits image uint8 \[8, 8, 1\]",
+        sequence,
+        ["digits", numbered(3)],
     )
-
-
-@pytest.mark.parametrize("name", ["permuted", "rotated", "split"])
-def test_these_need_one_source_of_images(name):
-    words = texts(("a", 0), ("b", 1))
-    refused("one source of images, got tsv:/a/b.tsv .text", name, [words])
-    refused("got digits .image., digits .image", name, [digits(), digits()])
-    refused("one source of images, got none", name, [])
-
-
-def test_sequences_need_sources_of_one_kind_and_shape():
-    refused("at least one source", "sequence", [])
-    mixed = [digits(), texts(("a", 0), ("b", 1))]
-    refused("digits .image., tsv:/a/b.tsv .text", "sequence", mixed)
-    other = numbered(3)
-    refused(r"uint8 \[4, 4, 1\], .*uint8 \[8, 8", "sequence", [digits(), other])
-    x, y = np.zeros((20, 8, 8)), np.arange(20) % 2
-    floats = source_from_arrays("floats", x, y, x, y)
-    refused(r"float32 .*digits uint8", "sequence", [digits(), floats])
-
-
-def test_bad_sources_are_refused():
-    good = numbered(3)
-    blank = good.test._replace(x=np.full((30, 4, 4, 1), np.nan, np.float32))
-    empty = Split(good.test.x[:0], good.test.y[:0])
-    outside = good.test._replace(y=good.test.y + 1)
-    for split, match in ((blank, "NaN"), (empty, "is empty"), (outside, "label 3 is")):
-        refused(f"test part: .*{match}", "permuted", [good._replace(test=split)])
-
-
-def test_a_task_without_examples_in_a_part_is_refused():
-    good = numbered(4)
-    one = good.validation.y == 0
-    poor = good._replace(
-        validation=Split(good.validation.x[one], good.validation.y[one])
+    refused(
+        r"float32 \[8, 8, 1\], .* uint8 \[8",
+        sequence,
+        ["digits", (np.zeros((20, 8, 8)), y)],
     )
-    refused("split, .*, validation part: is empty", "split", [poor], num_tasks=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("permuted", "digits"),
-        ("rotated", "digits"),
-        ("split", "digits"),
-        ("sequence", "digits"),
-        ("sequence", "texts"),
-    ],
-)
-def test_without_validation_a_stream_is_the_same_but_for_that_part(
-    name, source, tmp_path
-):
-    if source == "texts":
-        lines = [f"{i % 2}\tword{i % 7} number {i}" for i in range(40)]
-        (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n")
-        source = f"tsv:{tmp_path}/texts.tsv"
-    stream = make_stream(
-        name, [load_source(source, validation_fraction=0)], num_tasks=2
-    )
-    usual = make_stream(name, [load_source(source)], num_tasks=2)
-    for task, other in zip(stream.tasks, usual.tasks, strict=True):
-        held = len(other.validation.y)
-        assert held > 0
-        assert len(task.validation.x) == len(task.validation.y) == 0
-        assert task.validation.x.shape[1:] == task.train.x.shape[1:]
-        assert len(task.train.y) == len(other.train.y) + held
-        np.testing.assert_array_equal(task.test.y, other.test.y)
-
-
-def test_arrays_without_validation():
-    data = arrays()
-    (task,) = stream_from_arrays([data], validation_fraction=0).tasks
-    assert len(task.validation.y) == 0
-    np.testing.assert_array_equal(task.train.x, data[0])
-    np.testing.assert_array_equal(task.train.y, data[1])
 
 
 # Arrays.
@@ -576,57 +604,74 @@ def arrays(seed: int = 0, **changes: Any) -> tuple[Any, Any, Any, Any]:
 
 def test_arrays_become_tasks():
     tasks = [arrays(seed) for seed in range(3)]
-    stream = stream_from_arrays(tasks, validation_fraction=0.25, seed=2)
-    assert [task.name for task in stream.tasks] == ["task 1", "task 2", "task 3"]
-    assert (stream.kind, stream.num_classes, stream.vocabulary_size) == ("image", 4, 0)
-    for task, (x_train, y_train, x_test, y_test) in zip(
-        stream.tasks, tasks, strict=True
-    ):
-        np.testing.assert_array_equal(task.test.x, x_test)
-        np.testing.assert_array_equal(task.test.y, y_test)
-        assert len(task.validation.y) == 10
-        label_of = {
-            x.tobytes(): y for x, y in zip(x_train, y_train.tolist(), strict=True)
-        }
-        cut = (task.train, task.validation)
-        found = [pair for p in cut for pair in zip(keys(p), p.y.tolist(), strict=True)]
-        assert dict(found) == label_of
-        assert len(found) == 40
-        assert np.bincount(task.train.y).max() - np.bincount(task.train.y).min() <= 1
+    made = stream((task for task in tasks), validation_fraction=0.25)(2)
+    assert [task.name for task in made.tasks] == ["task 1", "task 2", "task 3"]
+    assert (made.kind, made.num_classes, made.vocabulary_size) == ("image", 4, 0)
+    for task, (x_train, y_train, x_test, y_test) in zip(made.tasks, tasks, strict=True):
+        np.testing.assert_array_equal(task.test.inputs(), x_test)
+        np.testing.assert_array_equal(task.test.labels(), y_test)
+        assert task.train.x is x_train
+        held = task.validation.indices()
+        assert np.bincount(y_train[held]).max() - np.bincount(y_train[held]).min() <= 1
+        rows = np.sort([*task.train.indices(), *held])
+        np.testing.assert_array_equal(rows, np.arange(40))
+        np.testing.assert_array_equal(task.train.labels(), np.delete(y_train, held))
+
+
+def test_pairs_give_the_same_fifth_for_testing_whatever_the_seed():
+    x, y, *_ = arrays()
+    maker = stream([(x, y)])
+    parts = [splits(maker(seed).tasks[0]) for seed in (0, 1)]
+    assert [len(part) for part in parts[0]] == [29, 3, 8]
+    np.testing.assert_array_equal(parts[0][2].indices(), parts[1][2].indices())
+    assert np.bincount(parts[0][2].labels()).tolist() == [2] * 4
+    assert not np.array_equal(parts[0][1].indices(), parts[1][1].indices())
+    for three in parts:
+        rows = np.sort(np.concatenate([part.indices() for part in three]))
+        np.testing.assert_array_equal(rows, np.arange(40))
+
+
+def test_an_array_that_comes_again_is_stored_once_and_held_out_alike():
+    # float64 [n, height, width]: both its dtype and its shape are changed.
+    (x, z), y = np.random.default_rng(0).random((2, 40, 6, 5)), np.arange(40) % 4
+    first, second, third = stream([(x, y), (z, y), (x, y)])(0).tasks
+    assert first.train.x is third.train.x
+    assert first.train.x is not second.train.x
+    for part, again in zip(splits(first), splits(third), strict=True):
+        np.testing.assert_array_equal(part.indices(), again.indices())
 
 
 def test_vectors_and_tokens_are_taken_too():
     x, y = np.random.default_rng(0).random((20, 7)), np.arange(20)[:, None] % 2
-    vectors = stream_from_arrays([(x, y, x, y)])
-    assert vectors.tasks[0].test.x.dtype == np.float32
-    np.testing.assert_array_equal(vectors.tasks[0].test.x[:, 0, 0], x.astype("f4"))
+    vectors = stream([(x, y, x, y)])(0)
+    assert vectors.kind == "vector"
+    np.testing.assert_array_equal(vectors.tasks[0].test.inputs(), x.astype("f4"))
     tokens = np.arange(140).reshape(20, 7)
-    stream = stream_from_arrays([(tokens // 2, y, tokens, y)])
-    assert (stream.kind, stream.vocabulary_size) == ("text", 140)
-    assert stream.tasks[0].train.x.dtype == np.int32
-    np.testing.assert_array_equal(stream.tasks[0].test.x, tokens)
+    made = stream([(tokens // 2, y, tokens, y)])(0)
+    assert (made.kind, made.vocabulary_size) == ("text", 140)
+    assert made.tasks[0].train.x.dtype == np.int32
+    np.testing.assert_array_equal(made.tasks[0].test.inputs(), tokens)
 
 
 def test_jax_arrays_are_taken():
     import jax.numpy as jnp
 
     task = arrays()
-    assert_same(
-        stream_from_arrays([tuple(map(jnp.asarray, task))]), stream_from_arrays([task])
-    )
+    given = stream([tuple(map(jnp.asarray, task))])
+    assert_same(given(0), stream([task])(0))
 
 
 def test_task_incremental_arrays_mask_the_other_tasks_classes():
     first, second = arrays(), arrays(1)
     second = (second[0], second[1] % 2 + 4, second[2], second[3] % 2 + 4)
-    stream = stream_from_arrays(
-        [first, second], scenario="task-incremental", task_names=("a", "b")
+    made = stream([first, second], scenario="task-incremental", task_names=("a", "a"))(
+        0
     )
-    assert [task.name for task in stream.tasks] == ["a", "b"]
-    assert stream.num_classes == 6
-    assert stream.tasks[0].classes.tolist() == [True] * 4 + [False] * 2
-    assert stream.tasks[1].classes.tolist() == [False] * 4 + [True] * 2
-    shared = stream_from_arrays([first, second], num_classes=9)
+    assert [task.name for task in made.tasks] == ["a", "a (2)"]
+    assert made.num_classes == 6
+    assert made.tasks[0].classes.tolist() == [True] * 4 + [False] * 2
+    assert made.tasks[1].classes.tolist() == [False] * 4 + [True] * 2
+    shared = stream([first, second], num_classes=9)(0)
     assert all(task.classes.tolist() == [True] * 9 for task in shared.tasks)
 
 
@@ -635,34 +680,39 @@ def test_task_incremental_arrays_mask_the_other_tasks_classes():
     [
         ([], {}, "has 0 tasks"),
         ([arrays()], {"task_names": ["a", "b"]}, "has 1 tasks, 2 task names"),
-        (
-            [arrays(), arrays()[:3]],
-            {},
-            "task 2: must be .x_train, y_train, x_test, y_t",
-        ),
-        ([arrays(y_test=np.arange(8))], {}, "task 1, test part: label 4 is not one of"),
-        ([arrays()], {"num_classes": 3}, "training part: label 3 is not one of 0 to 2"),
+        ([arrays(), arrays()[:3]], {}, r"task 2: must be \(x, y\) or .* got 3 arrays"),
+        (arrays()[:2], {}, r"task 1: must be \(x, y\) or .* got a ndarray"),
+        ([arrays(y_test=np.arange(8))], {}, "task 1, test part: label 4 of example 4"),
+        ([arrays()], {"num_classes": 3}, "training part: label 3 of example 3 is not"),
         ([arrays()], {"num_classes": 1}, "num_classes must be an integer >= 2"),
+        ([arrays(y_train=[0] * 40, y_test=[0] * 8)], {}, "at least two classes"),
         ([arrays()], {"scenario": "x"}, "Unknown scenario 'x'"),
         ([arrays()], {"validation_fraction": 1.0}, "validation_fraction must be"),
-        ([arrays()], {"validation_fraction": 0.01}, "validation part: is empty"),
+        ([arrays()], {"validation_fraction": 0.01}, "validation part: is empty; hold"),
         ([arrays()], {"seed": -1}, "seed must be"),
-        ([arrays(x_test=np.ones((0, 6, 5, 2)), y_test=[])], {}, "test part: is empty"),
         ([arrays(x_test=np.ones((8, 6, 5, 3)))], {}, r"\[6, 5, 3\], .*\[6, 5, 2\]"),
-        ([arrays(), arrays(x_test=np.ones((8, 2), int))], {}, "task 2: .*int32"),
-        ([arrays(x_test=-np.ones((8, 2), int))], {}, "test part: tokens must be 0, 1"),
-        ([arrays(x_train=np.ones(40))], {}, "training part: images must be .n, height"),
+        ([arrays(), (np.ones((40, 2), int), [0, 1] * 20)], {}, "task 2: .*text int32"),
+        ([arrays(x_train=np.ones(40))], {}, "task 1, x_train: must be images .n, heig"),
+        ([(np.full((9, 3), np.inf), [0] * 9)], {}, "task 1, x: example 0 holds"),
         (
-            [arrays(x_train=np.full((40, 6, 5), np.nan))],
+            [arrays(y_train=[*"abcd"] * 10)],
             {},
-            "40 of 40 examples hold Na",
+            "y_train: labels must be integers .*uniq",
         ),
-        ([arrays(y_train=np.arange(40) / 4)], {}, "training part: labels must be int"),
-        ([arrays(y_train=-np.arange(40))], {}, "labels must be 0, 1, 2 and so on"),
-        ([arrays(y_train=np.arange(39) % 4)], {}, "has 40 examples, 39 labels"),
+        (
+            [arrays(y_train=np.arange(39) % 4)],
+            {},
+            "x_train has 40 .* y_train 39 labels",
+        ),
+        ([(np.ones((3, 2)), [0, 1, 0])], {}, "3 examples are too few to hold 20% out"),
     ],
 )
 def test_bad_arrays_are_refused(tasks, options, match):
-    with pytest.raises(StreamError, match=match) as caught:
-        stream_from_arrays(tasks, **options)
-    assert len(str(caught.value).splitlines()) == 1
+    refused(match, stream, tasks, **options)
+
+
+def test_the_number_of_a_bad_example_is_that_of_the_users_array():
+    x, y = np.zeros((50, 4)), np.arange(50) % 2
+    x[[33, 44]] = np.nan
+    tasks = [(np.ones((50, 4)), y), (x, y)]
+    refused(r"task 2, x: example 33 holds NaN .*\(2 of 50", stream, tasks)

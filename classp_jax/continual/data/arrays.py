@@ -6,7 +6,7 @@ a :class:`Split` says which of them it holds and in what order their pixels stan
 
 import dataclasses
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -61,7 +61,8 @@ class Split:
         x = self.x if self.rows is None else self.x[self.rows]
         if self.pixels is None:
             return x.copy() if x is self.x else x
-        by_pixel = x.reshape(len(x), len(self.pixels), -1)
+        channels = x.shape[3:]
+        by_pixel = x.reshape(len(x), len(self.pixels), *channels)
         return by_pixel[:, self.pixels].reshape(x.shape)
 
     def labels(self) -> np.ndarray:
@@ -96,7 +97,7 @@ class Stream(NamedTuple):
     """The number of different tokens; 0 unless the kind is ``"text"``."""
 
 
-def generator(seed: int, *key: int) -> np.random.Generator:
+def generator(seed: SupportsIndex, *key: int) -> np.random.Generator:
     """The random numbers that a seed gives for one use, independent of other uses.
 
     Args:

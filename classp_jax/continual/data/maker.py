@@ -255,14 +255,11 @@ def _subset(train: Split, max_train: int | None, seed: int, task: int) -> Split:
 
 
 def _check_parts(stream: str, task: Task, validation_fraction: float) -> None:
+    remedies = {"validation": "; hold out a larger share, or validation_fraction=0"}
     for part in ("train", "validation", "test"):
-        empty = not len(getattr(task, part))
-        if empty and (part != "validation" or validation_fraction > 0):
-            remedy = (
-                "; hold out a larger share, or none (validation_fraction=0)"
-                if part == "validation"
-                else ""
-            )
+        needed = part != "validation" or validation_fraction > 0
+        if needed and not len(getattr(task, part)):
+            remedy = remedies.get(part, "")
             raise DataError(f"{stream}, {task.name}, {part} part: is empty{remedy}.")
 
 

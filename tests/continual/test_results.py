@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,14 +29,13 @@ def labels(*runs):
 
 
 def test_arrays_become_lists():
-    run = Run(
-        method="sgd",
-        seed=0,
-        matrix=jnp.asarray([[0.5], [0.25]]),
-        curve=[np.asarray([0.5])],
-        curve_steps=np.arange(1),
-        task_ends=(3,),
-    )
+    arrays: dict[str, Any] = {
+        "matrix": jnp.asarray([[0.5], [0.25]]),
+        "curve": [np.asarray([0.5])],
+        "curve_steps": np.arange(1),
+        "task_ends": (3,),
+    }
+    run = Run(method="sgd", seed=0, **arrays)
     assert run.matrix == [[0.5], [0.25]]
     assert run.curve == [[0.5]]
     assert (run.curve_steps, run.task_ends) == ([0], [3])

@@ -15,6 +15,17 @@ def with_accuracy(method, seed, accuracy, **changes):
     return make_run(method, seed, 1, matrix=[[0.1], [accuracy]], **changes)
 
 
+def estimate(row, name):
+    found = row.estimates[name]
+    assert found is not None
+    return found
+
+
+def difference(row):
+    assert row.difference is not None
+    return row.difference
+
+
 def test_interval_by_hand():
     # Differences 1, 2, 3, 4: mean 2.5, s = sqrt(5/3); t(0.975, 3) = 3.182 in the books.
     found = paired_difference([2, 4, 6, 8], [1, 2, 3, 4])
@@ -61,12 +72,11 @@ def test_differences_are_taken_over_the_seeds_that_both_have():
     )
     sgd, mine = rows(results)
     assert sgd.difference is None
-    assert mine.difference is not None
-    assert mine.difference.seeds == 2
-    assert mine.difference.mean == pytest.approx(0.1)
+    assert difference(mine).seeds == 2
+    assert difference(mine).mean == pytest.approx(0.1)
     # Seed by seed the difference is the same: the spread of seeds is no part of it.
-    assert mine.difference.high - mine.difference.low < 1e-12
-    assert rows(results, "mine")[0].difference.mean == pytest.approx(-0.1)
+    assert difference(mine).high - difference(mine).low < 1e-12
+    assert difference(rows(results, "mine")[0]).mean == pytest.approx(-0.1)
 
 
 def test_means_and_deviations():
@@ -74,24 +84,21 @@ def test_means_and_deviations():
     (row,) = rows(
         make_results(*(with_accuracy("sgd", i, a) for i, a in enumerate(accuracies)))
     )
-    found = row.estimates["average_accuracy"]
-    assert found is not None
+    found = estimate(row, "average_accuracy")
     assert found.mean == pytest.approx(np.mean(accuracies))
     assert found.sd == pytest.approx(np.std(accuracies, ddof=1))
     assert row.seeds == (0, 1, 2)
     densities = [np.mean(make_run("sgd", i, 1).update_density) for i in range(3)]
-    density = row.estimates["update_density"]
-    assert density is not None
-    assert density.mean == pytest.approx(np.mean(densities))
+    assert estimate(row, "update_density").mean == pytest.approx(np.mean(densities))
 
 
 def test_one_seed_has_no_deviation_and_no_interval():
     first, second = rows(
         make_results(with_accuracy("sgd", 0, 0.5), with_accuracy("adam", 0, 0.6))
     )
-    assert math.isnan(first.estimates["average_accuracy"].sd)
-    assert second.difference.mean == pytest.approx(0.1)
-    assert second.difference.word == ""
+    assert math.isnan(estimate(first, "average_accuracy").sd)
+    assert difference(second).mean == pytest.approx(0.1)
+    assert difference(second).word == ""
 
 
 def test_a_diverged_seed_takes_the_numbers_of_its_method():
@@ -106,10 +113,10 @@ def test_a_diverged_seed_takes_the_numbers_of_its_method():
     sgd, adam, mine = rows(results)
     assert sgd.diverged == 1
     assert sgd.estimates["average_accuracy"] is None
-    assert sgd.estimates["state_bytes_per_parameter"].mean == 4.0
+    assert estimate(sgd, "state_bytes_per_parameter").mean == 4.0
     # The first that has not diverged is the reference.
     assert adam.difference is None
-    assert mine.difference.word == "ahead"
+    assert difference(mine).word == "ahead"
     assert all(row.difference is None for row in rows(results, "sgd"))
 
 

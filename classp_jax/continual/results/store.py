@@ -50,9 +50,10 @@ def save(results: Results, folder: str | os.PathLike[str]) -> Results:
             together = merge([stored, results] if stored else [results])
         except ResultsError as error:
             raise ResultsError(f"{folder} holds other results. {error}") from None
-        text = _encode(together)
         # What load would refuse is better refused now, before it replaces a good file.
-        _decode(text, "These results")
+        _check(together, "These results cannot be stored")
+        text = _encode(together)
+        _decode(text, "These results", "These results cannot be stored")
         write_atomically(folder / FILE_NAME, text)
         write_atomically(folder / CSV_NAME, csv_text(together).encode())
     return together
@@ -86,7 +87,7 @@ def load(folder: str | os.PathLike[str]) -> Results:
         raise ResultsError(f"No results at {path}.") from None
     except OSError as error:
         raise ResultsError(f"Cannot read {path}: {error.strerror or error}.") from error
-    return _decode(text, str(path))
+    return _decode(text, str(path), f"{path} is damaged")
 
 
 def find(folder: str | os.PathLike[str]) -> Results | None:
@@ -125,8 +126,8 @@ class _File(msgspec.Struct):
     runs: list[dict[str, Any]]
 
 
-def _decode(text: bytes, where: str) -> Results:
-    """Checks every field's type and shape; ``where`` begins the error's message."""
+def _decode(text: bytes, where: str, fault: str) -> Results:
+    """Checks every field's type and shape; ``fault`` begins the message on those."""
     try:
         raw = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -145,10 +146,10 @@ def _decode(text: bytes, where: str) -> Results:
         runs = tuple(
             msgspec.convert(_with_nan(run), Run, strict=True) for run in file.runs
         )
-        results = Results(file.configuration, file.stream, runs)
-        _check(results)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise ResultsError(f"{where} is damaged: {error}".rstrip(".") + ".") from None
+    except msgspec.ValidationError as error:
+        raise ResultsError(f"{fault}: {error}.") from None
+    results = Results(file.configuration, file.stream, runs)
+    _check(results, fault)
     return results
 
 
@@ -169,21 +170,20 @@ def _nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _check(results: Results) -> None:
+def _check(results: Results, fault: str) -> None:
     """Refuses shapes and values that no run has."""
     names = results.stream.get("task_names")
-    if (
-        not isinstance(names, list)
-        or not names
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError("stream.task_names must be one or more names")
-    for key in ("name", "scenario"):
-        if not isinstance(results.stream.get(key), str):
-            raise ValueError(f"stream.{key} must be a text")
+    texts = [results.stream.get(key) for key in ("name", "scenario")]
+    texts += names if isinstance(names, list) else [None]
+    if not names or not all(isinstance(text, str) for text in texts):
+        raise ResultsError(
+            f"{fault}: stream must have a name, a scenario and a list of task_names."
+        )
     for i, run in enumerate(results.runs):
-        for fault in _faults(run, len(names)):
-            raise ValueError(f"run {i} ({run.method}, seed {run.seed}): {fault}")
+        for text in _faults(run, len(names)):
+            raise ResultsError(
+                f"{fault}: run {i} ({run.method}, seed {run.seed}): {text}."
+            )
 
 
 def _faults(run: Run, num_tasks: int) -> Iterator[str]:

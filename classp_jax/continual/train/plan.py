@@ -115,16 +115,25 @@ class Plan(NamedTuple):
 
         The examples that do not fill a last batch are left out of that pass.
         """
-        rng = generator(self.seed, _ORDER, task)
-        size = len(self.train[task].y)
-        per_pass, b = self.steps_per_pass[task], self.batch_size
+        per_pass, steps = self.steps_per_pass[task], self.steps[task]
+        # Joint training goes on in the middle of a pass where a task would have ended.
+        start = sum(self.steps[:task]) if self.is_joint else 0
+        skipped, whose = start // per_pass, 0 if self.is_joint else task
         passes = [
-            (rng.permutation(size) if self.shuffled else np.arange(size))[
-                : per_pass * b
-            ].reshape(per_pass, b)
-            for _ in range(-(-self.steps[task] // per_pass))
+            self._pass(whose, number)
+            for number in range(skipped, -(-(start + steps) // per_pass))
         ]
-        return self.train[task].take(np.concatenate(passes)[: self.steps[task]])
+        first = start - skipped * per_pass
+        return self.train[task].take(np.concatenate(passes)[first : first + steps])
+
+    def _pass(self, task: int, number: int) -> np.ndarray:
+        """The order of one pass over a task's data, ``[steps, batch_size]``."""
+        size = len(self.train[task].y)
+        order = np.arange(size)
+        if self.shuffled:
+            order = generator(self.seed, _ORDER, task, number).permutation(size)
+        steps = self.steps_per_pass[task]
+        return order[: steps * self.batch_size].reshape(steps, self.batch_size)
 
     def sample(self, task: int, count: int) -> Examples:
         """Random examples of a task; they repeat if it has fewer."""

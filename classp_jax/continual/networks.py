@@ -3,11 +3,12 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from classp_jax.continual.convolution import convolution
 
 
 class MLP(nnx.Module):
@@ -23,45 +24,6 @@ class MLP(nnx.Module):
         for layer in self.layers[:-1]:
             x = nnx.relu(layer(x))
         return self.layers[-1](x)
-
-
-def _convolution_of_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The shifted slices of ``x`` side by side, times the kernel as one matrix."""
-    height, width, channels, features = kernel.shape
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    patches = jnp.concatenate(
-        [
-            x[:, i : i + rows, j : j + columns]
-            for i in range(height)
-            for j in range(width)
-        ],
-        axis=-1,
-    )
-    return patches @ kernel.reshape(height * width * channels, features)
-
-
-def convolution(
-    x: jax.Array,
-    kernel: jax.Array,
-    window_strides: Sequence[int],
-    padding: Any,
-    **options: Any,
-) -> jax.Array:
-    """``lax.conv_general_dilated``, on a CPU as a product of patches where it can.
-
-    XLA's own convolution is slow on a CPU, and slower inside a loop or with a batch of
-    kernels. Pass this as ``conv_general_dilated`` to an ``nnx.Conv``: strides 1 and
-    padding ``"VALID"`` are made a product, anything else stays as it is.
-    """
-    plain = (
-        x.ndim == 4
-        and tuple(window_strides) == (1, 1)
-        and padding == "VALID"
-        and options.get("feature_group_count", 1) == 1
-    )
-    if plain and jax.default_backend() == "cpu":
-        return _convolution_of_patches(x, kernel)
-    return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:

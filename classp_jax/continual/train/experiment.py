@@ -175,16 +175,14 @@ def check(experiment: Experiment, method: Method, settings: Mapping[str, Any]) -
     Raises:
       ContinualError: if the method refuses its settings.
     """
-    plan = experiment.plans[0]
-    run = run_data(plan)
 
-    def state(key: jax.Array) -> Any:
-        problem = problem_maker(experiment)(run)
-        functions = method.make(settings, problem)
+    def state(key: jax.Array, run: RunData) -> Any:
+        functions = method.make(settings, problem_maker(experiment)(run))
         return functions.init(experiment.model.init(key), key)
 
     try:
-        found = jax.eval_shape(state, jax.random.key(0))
+        run = run_data(experiment.plans[0])
+        found = jax.eval_shape(state, jax.random.key(0), run)
     except (ValueError, TypeError, OverflowError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ContinualError(f"method {method.name!r}: {line}") from error

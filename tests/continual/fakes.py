@@ -1,6 +1,7 @@
 """Results made up for tests: numbers are drawn, nothing is trained."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from classp_jax.continual.results import Provenance, Results, Run
 
@@ -17,18 +18,19 @@ def make_run(
     seed=0,
     num_tasks=3,
     *,
-    steps_per_task=40,
+    steps_per_task: ArrayLike = 40,
     unseen=False,
     level=0.8,
     **changes,
 ):
     """A run with two points of evaluation per task, none of tasks not seen yet."""
     rng = np.random.default_rng([seed, *method.encode()])
-    ends = np.cumsum(np.broadcast_to(steps_per_task, num_tasks))
-    steps = np.sort([0, *ends, *(ends - steps_per_task // 2)])
+    length = np.broadcast_to(steps_per_task, num_tasks)
+    ends = np.cumsum(length)
+    steps = np.sort([0, *ends, *(ends - length // 2)])
     curve = rng.normal(level, 0.02, (len(steps), num_tasks)).clip(0, 1)
     if not unseen:
-        curve[steps[:, None] <= ends - steps_per_task] = np.nan
+        curve[steps[:, None] <= ends - length] = np.nan
     at_ends = curve[np.searchsorted(steps, [0, *ends])]
     fields = {
         "settings": {"learning_rate": 0.1, "eps": 1e-3},

@@ -42,9 +42,8 @@ def accuracy_picture(results: Results) -> Figure:
     shown = _evenly(len(names), _MAX_PANELS) if len(names) > 1 else []
     columns = num_columns(len(shown))
     num_rows = math.ceil(len(shown) / columns)
-    heights = [max(3.0, 0.8 + 0.21 * len(curves))] + [0.6 + 1.7 * num_rows] * bool(
-        shown
-    )
+    heights = [max(3.0, 0.8 + 0.21 * len(curves))]
+    heights += [0.6 + 1.7 * num_rows] if shown else []
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
     top = parts[0, 0].add_subplot()
@@ -57,12 +56,11 @@ def accuracy_picture(results: Results) -> Figure:
 
     for label, curve in curves.items():
         later = curve.positions >= min(1, len(names) - 1)
-        seen = Curves(
-            curve.positions[later], curve.tasks[:, later], curve.seen[:, later]
-        )
-        _draw(top, seen.positions, seen.seen, look[label], 1.8, label)
+        positions, seen = curve.positions[later], curve.seen[:, later]
+        _draw(top, positions, seen, look[label], 1.8, label)
         for panel, task in zip(panels, shown, strict=True):
-            _draw(panel, curve.positions, curve.tasks[:, :, task], look[label], 1.2)
+            values = curve.tasks[:, :, task]
+            _draw(panel, curve.positions, values, look[label], 1.2, label)
 
     _finish_axes(top, min(1, len(names) - 1), len(names), 10, _MAX_BOUNDARIES[0])
     top.set_ylim(_lowest([top], 5), 100.5)
@@ -116,7 +114,7 @@ def _draw(
     values: np.ndarray,
     style: Style,
     width: float,
-    label: str = "",
+    label: str,
 ) -> None:
     """The mean over seeds as a line and one sd as a band; values [seeds, points]."""
     if not values.size:

@@ -36,15 +36,15 @@ def write_report(
         cannot be written.
     """
     folder = pathlib.Path(folder)
-    files = {"report.md": markdown(results, reference).encode()}
-    files |= picture_files(results)
+    text = markdown(results, reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResultsError(
             f"Cannot write {folder}: {error.strerror or error}."
         ) from error
-    for name, content in files.items():
+    write_atomically(folder / "report.md", text.encode())
+    for name, content in picture_files(results):
         write_atomically(folder / name, content)
 
 

@@ -1,7 +1,7 @@
 """The three pictures of a report, and their files."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -77,17 +77,14 @@ def picture(results: Results, name: str) -> Figure:
         return PICTURES[name].draw(results)
 
 
-def picture_files(results: Results) -> dict[str, bytes]:
-    """Every picture as PNG, SVG and PDF, by file name."""
-    files = {}
+def picture_files(results: Results) -> Iterator[tuple[str, bytes]]:
+    """Every picture as PNG, SVG and PDF: file names and contents."""
     for name in PICTURES:
         figure = picture(results, name)
-        with matplotlib.rc_context(RC):
-            # The layout takes longer than the drawing, and is the same for each format.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            for suffix, metadata in _FORMATS.items():
-                content = io.BytesIO()
+        for suffix, metadata in _FORMATS.items():
+            content = io.BytesIO()
+            with matplotlib.rc_context(RC):
                 figure.savefig(content, format=suffix, metadata=metadata)
-                files[f"{name}.{suffix}"] = content.getvalue()
-    return files
+            # The layout takes longer than the drawing, and is the same for each format.
+            figure.set_layout_engine("none")
+            yield f"{name}.{suffix}", content.getvalue()

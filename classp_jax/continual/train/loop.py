@@ -98,11 +98,15 @@ def train(
                 report(track, task)
         _end_task(group, task)
 
-    with ThreadPoolExecutor(workers) as executor:
+    executor = ThreadPoolExecutor(workers)
+    try:
         for task in range(tasks):
             list(executor.map(lambda group, k=task: train_task(group, k), groups))
             report(tracks[0], task, finished=True)
         list(executor.map(Track.finish, tracks))
+    finally:
+        # Ctrl-C does not wait for the steps that the threads are in the middle of.
+        executor.shutdown(wait=False, cancel_futures=True)
     if trained is not None:
         trained |= {t.index: t.state for t in tracks if t.copy == 0}
     return [

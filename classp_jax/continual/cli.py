@@ -5,7 +5,6 @@ stands on the screen at once.
 """
 
 import contextlib
-import importlib.metadata
 import math
 import pathlib
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+import classp_jax
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.options import (
     ExperimentOptions,
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
-        print(f"classp-jax {importlib.metadata.version('classp-jax')}")
+        print(f"classp-jax {classp_jax.__version__}")
         return OK
     try:
         options = parse(arguments)

@@ -70,13 +70,13 @@ def method(text: str) -> Method:
     made = load(reference)
     if callable(made) and not isinstance(made, Method | optax.GradientTransformation):
         settings = _settings_of(reference, made)
-        if settings:
-            return from_optax(made, settings, name=name, summary=f"your {reference}")
-        made = made()
+        factory, made = made, made(**{k: s.default for k, s in settings.items()})
+        if settings and isinstance(made, optax.GradientTransformation):
+            return from_optax(factory, settings, name=name, summary=reference)
     if isinstance(made, Method):
         return made._replace(name=name, parts=(name,))
     if isinstance(made, optax.GradientTransformation):
-        return from_optax(made, name=name, summary=f"your {reference}")
+        return from_optax(made, name=name, summary=reference)
     raise ConfigError(
         f"{reference} must be or make an optax.GradientTransformation or a Method, "
         f"got {type(made).__name__}"
@@ -117,7 +117,8 @@ def model(reference: str, settings: Mapping[str, float]) -> Any:
         return made
     if not callable(made):
         raise ConfigError(f"model {reference} has no settings")
-    arguments = inspect.signature(made).parameters
+    parameters = inspect.signature(made).parameters
+    arguments = {k: p for k, p in parameters.items() if k != "rngs"}
     for name in settings:
         if name not in arguments:
             raise ConfigError(

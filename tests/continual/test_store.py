@@ -105,7 +105,7 @@ def test_results_of_other_data_are_refused(tmp_path):
     with pytest.raises(ResultsError) as error:
         save(make_results(data={"fingerprint": "ffff"}), tmp_path)
     message = str(error.value)
-    assert message.startswith(f"{tmp_path} holds other results.")
+    assert message.startswith(f"{tmp_path} holds other results: use another folder.")
     assert "data.fingerprint is '0123abcd' and 'ffff' (the data differ)" in message
     assert "\n" not in message
     assert (tmp_path / "results.json").read_bytes() == before

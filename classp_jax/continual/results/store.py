@@ -49,7 +49,9 @@ def save(results: Results, folder: str | os.PathLike[str]) -> Results:
         try:
             together = merge([stored, results] if stored else [results])
         except ResultsError as error:
-            raise ResultsError(f"{folder} holds other results. {error}") from None
+            raise ResultsError(
+                f"{folder} holds other results: use another folder. {error}"
+            ) from None
         # What load would refuse is better refused now, before it replaces a good file.
         _check(together, "These results cannot be stored")
         text = _encode(together)

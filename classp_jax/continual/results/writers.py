@@ -29,7 +29,7 @@ def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
     out at once, so that a killed run leaves its metrics.
 
     Args:
-      path: the file; its folder is made if need be. One that exists is gone on with.
+      path: the file; its folder is made if need be. Lines are added to one that exists.
 
     Raises:
       ResultsError: if the file cannot be written.

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 from classp_jax import continual
 from classp_jax.continual.methods.registry import method, resolve_settings
 from classp_jax.continual.train.loop import train

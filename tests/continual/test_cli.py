@@ -42,22 +42,23 @@ def unready(learning_rate):
 SMALL = ["--tasks", "2", "--epochs", "1", "--points", "1"]
 
 
-def start(*arguments, cwd, **environment):
-    """A process whose signals act as in a terminal, whatever the tests inherited."""
+CHILD = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from classp_jax.__main__ import main
+sys.exit(main())
+"""
 
-    def signals_as_in_a_terminal():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    variables = {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(cwd / "cache")} | environment
+def start(*arguments, cwd):
+    """A process that Ctrl-C reaches, also where the tests run with it ignored."""
     return subprocess.Popen(
-        [sys.executable, "-m", "classp_jax", *arguments],
+        [sys.executable, "-c", CHILD, *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | variables,
-        preexec_fn=signals_as_in_a_terminal,
+        env=os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(cwd / "cache")},
     )
 
 

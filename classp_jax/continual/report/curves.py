@@ -70,8 +70,9 @@ def accuracy_picture(results: Results) -> Figure:
         panel.set_ylim(low - 1, 101)
         panel.set_yticks(range(low, 101, 25))
         panel.axvspan(task, task + 1, color="0.92", lw=0, zorder=0)
-        name = shortened(f"task {task + 1}: {names[task]}", 96 // columns)
-        panel.set_title(name, loc="left")
+        number = f"task {task + 1}"
+        name = number if names[task] == number else f"{number}: {names[task]}"
+        panel.set_title(shortened(name, 96 // columns), loc="left")
         panel.tick_params(
             labelleft=i % columns == 0, labelbottom=i + columns >= len(panels)
         )

@@ -139,7 +139,9 @@ def _label(figure: Figure, axes: Axes, points: list[_Point]) -> None:
         ax=axes,
         expand=(1.08, 1.2),
         force_text=(0.3, 0.5),
-        force_static=(0.3, 0.5),
+        force_static=(1.0, 1.0),
+        # It swaps texts, also onto marks.
+        prevent_crossings=False,
         # By count, not by time: the same results give the same picture.
         iter_lim=150,
         arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.7, "shrinkB": 4},

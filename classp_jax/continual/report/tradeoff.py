@@ -111,15 +111,21 @@ def _label(figure: Figure, axes: Axes, points: list[_Point]) -> None:
     # Positions in pixels are known only after the layout, which must not change then.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    centers = axes.transData.transform([(point.x, point.y) for point in points])
+    # They begin at the right of their marks, where most can stay.
+    begin = axes.transData.inverted().transform(
+        centers + np.array([0.14 * figure.dpi, 0])
+    )
     texts = [
         axes.text(
-            point.x,
-            point.y,
+            x,
+            y,
             literal("\n".join(textwrap.wrap(point.label, 24))),
             fontsize=9,
             linespacing=0.95,
+            va="center",
         )
-        for point in points
+        for point, (x, y) in zip(points, begin, strict=True)
     ]
     # Error bars and marks, as points that no text may cover.
     bars = [
@@ -129,13 +135,15 @@ def _label(figure: Figure, axes: Axes, points: list[_Point]) -> None:
     ]
     angles = np.linspace(0, 2 * np.pi, 8, endpoint=False)
     ring = 7 * figure.dpi / 72 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    centers = axes.transData.transform([(point.x, point.y) for point in points])
     marks = axes.transData.inverted().transform(
         (centers[:, None] + ring).reshape(-1, 2)
     )
     adjustText.adjust_text(
         texts,
         *np.transpose([*bars, *marks]),
+        target_x=[point.x for point in points],
+        target_y=[point.y for point in points],
+        avoid_self=False,
         ax=axes,
         expand=(1.08, 1.2),
         force_text=(0.3, 0.5),

@@ -26,6 +26,8 @@ from classp_jax.continual.train.run import set_up
 
 FILE_NAME = "trials.json"
 
+_HEAD = ("search", "spaces")
+
 Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
 Evaluate = Callable[[Method, list[dict[str, float]]], list[list[Run]]]
 """``evaluate(method, settings)``: the runs of each of several settings, one a seed."""
@@ -335,7 +337,7 @@ class _Store:
 
     def __init__(self, path: pathlib.Path | None):
         self.path = path
-        self.content: dict[str, Any] = {"search": {}, "spaces": {}, "trials": {}}
+        self.content: dict[str, Any] = {part: {} for part in _HEAD}
         if path is not None and path.exists():
             try:
                 self.content = json.loads(path.read_bytes())
@@ -381,12 +383,16 @@ class _Store:
     def _write(self) -> None:
         if self.path is None:
             return
-        table = {
-            name: [trial._asdict() for trial in trials]
+        lines = [
+            f"{json.dumps(name)}: [\n"
+            + ",\n".join(json.dumps(trial._asdict()) for trial in trials)
+            + "\n]"
             for name, trials in self.trials.items()
-        }
-        content = self.content | {"trials": table}
-        write_atomically(self.path, json.dumps(content, indent=1).encode())
+        ]
+        head = [f'"{part}": {json.dumps(self.content[part])}' for part in _HEAD]
+        trials = '"trials": {\n' + ",\n".join(lines) + "\n}"
+        text = "{" + ",\n".join([*head, trials]) + "}\n"
+        write_atomically(self.path, text.encode())
 
 
 def _short(value: Any) -> str:

@@ -109,7 +109,7 @@ def _run(options: Run, command: str, console: Console) -> None:
             folder=folder,
             save_weights=options.save_weights,
             command=command,
-            announce=console.print,
+            announce=lambda line: console.print(f"{line}; compiling first"),
             progress=progress,
             on_metrics=on_metrics,
         )
@@ -137,7 +137,7 @@ def _keep_compiled_code() -> None:
     import jax
     import platformdirs
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = pathlib.Path(platformdirs.user_cache_dir("classp-jax"), "compiled")
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # By default JAX keeps only what took a second to compile.
@@ -279,8 +279,9 @@ def _report(options: Report, console: Console) -> None:
 
     if options.out is None and len(options.folders) > 1:
         raise UsageError("report of several folders needs --out")
-    folder = pathlib.Path(options.out or options.folders[0])
-    results = merge([load(found) for found in options.folders])
+    folders = list(options.folders)
+    folder = pathlib.Path(options.out or folders[0])
+    results = merge([load(found) for found in folders])
     if options.out is not None:
         results = results.save(folder)
     report.write_report(results, folder, options.reference)

@@ -56,13 +56,11 @@ class ExperimentOptions(Experiment):
 
     def experiment(self, settings: Settings) -> Experiment:
         """What a file holds of these options, with settings in place of its own."""
-        fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(Experiment)
-        }
+        names = [field.name for field in dataclasses.fields(Experiment)]
+        plain = Experiment(**{name: getattr(self, name) for name in names})
         model = assigned(self, ()).get("model")
         settings = ({"model": model} if model else {}) | settings
-        return Experiment(**fields | {"settings": settings})
+        return dataclasses.replace(plain, settings=settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,10 +67,10 @@ def method(text: str) -> Method:
     name, _, reference = text.partition("=")
     if not (name and reference):
         raise ConfigError(f"method takes NAME=package.module:factory, got {text!r}")
-    made = load(reference)
+    factory = made = load(reference)
     if callable(made) and not isinstance(made, Method | optax.GradientTransformation):
         settings = _settings_of(reference, made)
-        factory, made = made, made(**{k: s.default for k, s in settings.items()})
+        made = made(**{k: s.default for k, s in settings.items()})
         if settings and isinstance(made, optax.GradientTransformation):
             return from_optax(factory, settings, name=name, summary=reference)
     if isinstance(made, Method):

@@ -5,7 +5,14 @@ import pytest
 from classp_jax.continual import presets
 from classp_jax.continual.config import ConfigError, Experiment
 from classp_jax.continual.methods.registry import method, resolve_settings
-from classp_jax.continual.options import out_folder, parse
+from classp_jax.continual.options import ExperimentOptions, out_folder, parse
+
+
+def options_of(command_line):
+    found = parse(command_line.split())
+    assert isinstance(found, ExperimentOptions)
+    return found
+
 
 PRESETS = [(name, size) for name, sizes in presets.sizes().items() for size in sizes]
 
@@ -47,22 +54,22 @@ def test_unknown_presets_are_refused():
 def test_what_was_tuned_on_digits_holds_for_digits_alone():
     digits = presets.load("digits")
     assert digits.data == Experiment().data
-    assert parse(["run"]).settings == digits.settings
-    assert parse(["run", "--epochs", "3"]).settings == digits.settings
+    assert options_of("run").settings == digits.settings
+    assert options_of("run --epochs 3").settings == digits.settings
     assert digits.settings["classp"]["eps"] < 1e-5
     for elsewhere in (
-        ["--model", "cnn"],
-        ["--stream", "split"],
-        ["--source", "tfds:mnist"],
+        "--model cnn",
+        "--stream split",
+        "--source tfds:mnist",
     ):
-        assert parse(["run", *elsewhere]).settings == {}
+        assert options_of(f"run {elsewhere}").settings == {}
 
 
 def test_the_command_line_wins_over_a_preset_and_a_sweep_leaves_its_settings():
-    run = parse(["run", "--preset", "permuted-mnist", "--tasks", "3"])
+    run = options_of("run --preset permuted-mnist --tasks 3")
     assert (run.data.tasks, run.training.epochs) == (3, (1,))
     assert run.settings
-    sweep = parse(["sweep", "--preset", "phrasebank-imdb", "--preset-size", "paper"])
+    sweep = options_of("sweep --preset phrasebank-imdb --preset-size paper")
     assert sweep.network.width == 600
     assert sweep.settings == {}
 
@@ -78,9 +85,9 @@ def test_the_command_line_wins_over_a_preset_and_a_sweep_leaves_its_settings():
     ],
 )
 def test_a_preset_gives_its_name_to_the_folder(arguments, folder):
-    assert str(out_folder(parse(arguments.split()))).endswith(folder)
+    assert str(out_folder(options_of(arguments))).endswith(folder)
 
 
 def test_a_changed_preset_has_a_folder_of_its_own():
-    changed = parse(["run", "--preset", "permuted-mnist", "--epochs", "2"])
+    changed = options_of("run --preset permuted-mnist --epochs 2")
     assert str(out_folder(changed)) != "runs/permuted-mnist"

@@ -116,10 +116,14 @@ def test_another_search_is_never_overwritten(tmp_path, second, message):
     assert (tmp_path / "trials.json").read_bytes() == before
 
 
+def no_training(*_):
+    raise AssertionError("it trained")
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ContinualError, match="Cannot write"):
-        search([space()], pytest.fail, trials=1, folder=tmp_path / "file" / "below")
+        search([space()], no_training, trials=1, folder=tmp_path / "file" / "below")
 
 
 def test_a_diverged_seed_is_worth_nothing():

@@ -50,7 +50,7 @@ def prepare(experiment: Experiment, asked: Settings | None = None) -> Prepared:
     check_owners(
         "--set", [owner for owner in asked if owner != "model"], methods.values()
     )
-    model, options = _network(
+    model, options = network(
         experiment.network,
         experiment.settings.get("model", {}) | asked.get("model", {}),
     )
@@ -95,11 +95,19 @@ def _check_settings(experiment: Experiment, methods: Mapping[str, Method]) -> No
             raise ConfigError(f"settings.{owner}: {error}") from error
 
 
-def _network(
-    network: Network, settings: Mapping[str, float]
+def network(
+    options: Network, settings: Mapping[str, float]
 ) -> tuple[Any, dict[str, Any]]:
-    options = dataclasses.asdict(network)
-    name = options.pop("model")
+    """The network as ``run`` takes it: ``model`` and ``model_options``.
+
+    Args:
+      options: what is asked for.
+      settings: numbers for the user's own model.
+
+    Raises:
+      ConfigError: if there is no such model of the user, or it has no such setting.
+    """
+    name, table = options.model, dataclasses.asdict(options)
     if own.is_reference(name):
         # Its settings are a part of its name, which tells results apart.
         numbers = "".join(f" {key}={value:g}" for key, value in settings.items())
@@ -113,4 +121,4 @@ def _network(
         "cnn": ("initialisation",),
         "transformer": ("width", "heads", "feed_forward"),
     }
-    return name, {key: options[key] for key in reads.get(name, ())}
+    return name, {key: table[key] for key in reads.get(name, ())}

@@ -27,7 +27,8 @@ import numpy as np
 from classp_jax import continual
 from classp_jax.continual.methods.registry import method, resolve_settings
 from classp_jax.continual.train.loop import train
-from classp_jax.continual.train.run import device_name, set_up
+from classp_jax.continual.train.provenance import device_name
+from classp_jax.continual.train.setup import set_up
 
 BATCH, RATE, EPS = 32, 0.05, 0.1
 SETTINGS = {

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from classp_jax import continual
 from classp_jax.continual.results.metrics import average_accuracy, learning_accuracy
 from classp_jax.continual.train import train
-from classp_jax.continual.train.run import provenance, set_up
+from classp_jax.continual.train.provenance import provenance
+from classp_jax.continual.train.setup import set_up
 
 FOLDER = pathlib.Path(__file__).parent
 SEEDS = (1000, 1001)

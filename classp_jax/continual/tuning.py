@@ -22,7 +22,7 @@ from classp_jax.continual.results.files import locked, write_atomically
 from classp_jax.continual.results.metrics import average_accuracy
 from classp_jax.continual.train import train
 from classp_jax.continual.train.cost import estimate
-from classp_jax.continual.train.run import set_up
+from classp_jax.continual.train.setup import set_up
 
 FILE_NAME = "trials.json"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from classp_jax.continual import cli, report
-from classp_jax.continual.train.run import device_name
+from classp_jax.continual.train.provenance import device_name
 
 MINE = """
 import optax
@@ -323,7 +323,7 @@ def test_two_runs_in_one_folder_both_keep_their_results(process, tmp_path):
 def test_something_is_shown_before_what_is_slow_and_the_extra_is_named():
     code = """
 import sys
-from classp_jax.continual import cli, report
+from classp_jax.continual import cli
 slow = {"flax", "sklearn", "matplotlib", "optuna", "scipy"} & set(sys.modules)
 assert not slow, slow
 sys.modules["tyro"] = None

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.train import loop
 from tests.continual import agem
 
-QUICK = {"epochs": 1, "points": 2}
+QUICK: dict[str, Any] = {"epochs": 1, "points": 2}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_gem_forgets_less_than_plain_sgd():
         "mlp",
         {"a-gem": agem.METHOD, "sgd": "sgd"},
         seeds=range(3),
-        epochs=5,
+        epochs=3,
         points=1,
         settings={"sgd": {"learning_rate": 0.1}},
     )
@@ -121,6 +122,7 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"settings": {"replay": {"replay_size": 1e12}}}, "GB"),
         ({"settings": {"sgd": {"learning_rate": math.inf}}}, "finite number, got inf"),
         ({"settings": {"sgd": {"learning_rate": -1.0}}}, "at least 0: -1"),
+        ({"settings": {"clasp": {"eps": 1.0}}}, "did you mean 'classp'"),
         ({"settings": {"sgd": {"rate": 1.0}}}, "no setting 'rate'"),
         ({"settings": {"classp": {"power": 0.0}}}, "power"),
         ({"seeds": []}, "at least one"),
@@ -213,6 +215,7 @@ def test_weights_come_out_and_go_in(digits, tmp_path):
     np.testing.assert_array_equal(np.load(file)["params/w"], trained.params["w"])
     # A run from them begins where that one ended; they are not used up.
     by_seed = {0: results.params["classp", 0], 1: trained}
+    again = None
     for _ in range(2):
         again = continual.run(
             digits,
@@ -225,6 +228,7 @@ def test_weights_come_out_and_go_in(digits, tmp_path):
             **QUICK,
         )
         assert again.runs[0].matrix[0] == results.runs[1].matrix[-1]
+    assert again is not None
     assert "initial_weights" in again.configuration
 
 

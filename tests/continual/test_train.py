@@ -22,7 +22,7 @@ from classp_jax.continual.train.experiment import (
     scoring_key,
 )
 from classp_jax.continual.train.plan import make_plans
-from classp_jax.continual.train.run import set_up
+from classp_jax.continual.train.setup import set_up
 
 BATCH, PIXELS = 16, (0.3, 0.4)
 
@@ -105,7 +105,7 @@ def test_nor_on_other_settings(digits):
 def test_side_by_side_on_an_accelerator(digits, monkeypatch):
     """There a fixed number of runs is vectorised; the last group is filled up."""
     plain = _run(digits, ["replay+classp"], seeds=range(3))
-    for module in ("experiment", "loop"):
+    for module in ("experiment", "side_by_side"):
         monkeypatch.setattr(f"classp_jax.continual.train.{module}.width", lambda: 2)
     side_by_side = [
         _run(digits, ["replay+classp"], seeds=seeds) for seeds in (range(3), [2])

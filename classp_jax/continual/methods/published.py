@@ -19,7 +19,8 @@ class _Published(NamedTuple):
     """The sum of its squared batch-mean gradients so far."""
     key: jax.Array
     """What the second network's weights are drawn from."""
-    count: jax.Array
+    steps: jax.Array
+    """Steps so far."""
 
 
 def _hooks(settings: Mapping[str, Any], problem: Problem) -> Hooks:
@@ -58,14 +59,14 @@ def _hooks(settings: Mapping[str, Any], problem: Problem) -> Hooks:
         state = state._replace(regularizer=regularizer)
         first_pass = problem.steps_per_pass[0]
         state = jax.lax.cond(
-            state.count < first_pass,
+            state.steps < first_pass,
             lambda s: second_step(s, batch, key),
             lambda s: s,
             state,
         )
-        state = state._replace(count=state.count + 1)
+        state = state._replace(steps=state.steps + 1)
         state = jax.lax.cond(
-            state.count == first_pass, consolidated, lambda s: s, state
+            state.steps == first_pass, consolidated, lambda s: s, state
         )
         return state, updates
 

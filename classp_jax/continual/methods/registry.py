@@ -203,9 +203,8 @@ def resolve_settings(
 
 
 def _checked(where: str, value: Any, setting: Any) -> float:
+    value = value.item() if hasattr(value, "item") else value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hasattr(value, "item"):
-        value, number = value.item(), True
     if not number or not math.isfinite(value):
         raise ContinualError(f"{where} must be a finite number, got {value!r}")
     if value < setting.least:

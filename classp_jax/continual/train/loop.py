@@ -1,36 +1,20 @@
 """The training loop: task by task, point by point: step, evaluate; end the task."""
 
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from typing import Any
 
 from classp_jax.continual.methods import Method
 from classp_jax.continual.results.records import Run
 from classp_jax.continual.train.experiment import Experiment, compile_method
-from classp_jax.continual.train.step import width
+from classp_jax.continual.train.progress import Progress, reporter
+from classp_jax.continual.train.side_by_side import (
+    advance,
+    end_task,
+    groups_of,
+    workers,
+)
 from classp_jax.continual.train.track import Track, start_tracks
-
-
-class Progress(NamedTuple):
-    """How far a method's training has come."""
-
-    method: str
-    step: int
-    """Steps taken, of all runs together."""
-    steps: int
-    """Steps to take, at most."""
-    task: int
-    """The task in training, from 0 on."""
-    tasks: int
-    accuracy: float
-    """Mean over runs and over the tasks that were measured last; NaN: all diverged."""
-    task_finished: bool
-    """Whether all runs have finished the task with this."""
 
 
 def train(
@@ -65,44 +49,31 @@ def train(
       ``runs[setting][seed]``. A run whose loss or parameters cease to be finite is
       marked as diverged, and its later accuracies are NaN.
     """
-    tasks, lock = len(experiment.task_names), threading.Lock()
     executables = [compile_method(experiment, method, group) for group in settings]
     tracks = start_tracks(
         experiment, method, settings, executables, weights, rounding_copies
     )
-    groups = _groups(tracks)
-    workers = min(_workers(), len(groups))
+    groups = groups_of(tracks)
+    threads = min(workers(), len(groups))
 
-    def report(track: Track, task: int, *, finished: bool = False) -> None:
-        with lock:
-            if on_metrics is not None and track.copy == 0 and not finished:
-                on_metrics(track.metrics(task))
-            if progress is not None:
-                done = sum(t.steps_done for t in tracks)
-                total = sum(sum(t.plan.steps) for t in tracks)
-                last = [t.last_accuracy() for t in tracks if t.copy == 0]
-                last = [accuracy for accuracy in last if np.isfinite(accuracy)]
-                mean = float(np.mean(last)) if last else np.nan
-                progress(
-                    Progress(method.name, done, total, task, tasks, mean, finished)
-                )
+    report = reporter(tracks, on_metrics, progress)
 
     def train_task(group: Sequence[Track], task: int) -> None:
         schedules = [track.schedule(task) for track in group]
         for point in range(max(len(track.plan.points[task]) for track in group)):
             if all(track.diverged for track in group):
                 return
-            _advance(group, schedules, task, point)
+            advance(group, schedules, task, point)
             for track in group:
                 track.evaluate(task, point)
                 report(track, task)
-        _end_task(group, task)
+        end_task(group, task)
 
-    executor = ThreadPoolExecutor(workers)
+    executor = ThreadPoolExecutor(threads)
     try:
-        for task in range(tasks):
+        for task in range(len(experiment.task_names)):
             list(executor.map(lambda group, k=task: train_task(group, k), groups))
-            report(tracks[0], task, finished=True)
+            report(None, task)
         list(executor.map(Track.finish, tracks))
     finally:
         # Ctrl-C does not wait for the steps that the threads are in the middle of.
@@ -111,56 +82,9 @@ def train(
         trained |= {t.index: t.state for t in tracks if t.copy == 0}
     return [
         [
-            track.record(workers, [t for t in tracks if t.index == track.index])
+            track.record(threads, [t for t in tracks if t.index == track.index])
             for track in tracks
             if track.copy == 0 and track.index[0] == i
         ]
         for i in range(len(settings))
     ]
-
-
-def _advance(
-    group: Sequence[Track], schedules: Sequence[Any], task: int, point: int
-) -> None:
-    """One compiled segment for all of a group, up to each one's next point."""
-    arguments = [
-        track.segment(schedule, task, point)
-        for track, schedule in zip(group, schedules, strict=True)
-    ]
-    with group[0].clock(len(group)):
-        states = group[0].executables.advance(arguments)
-        jax.block_until_ready(states)
-    for track, state in zip(group, states, strict=True):
-        track.took(state)
-
-
-def _end_task(group: Sequence[Track], task: int) -> None:
-    ending = group[0].executables.end_of_task
-    states = [track.state for track in group]
-    if ending is not None:
-        with group[0].clock(len(group)):
-            states = ending([track.ending(task) for track in group])
-            jax.block_until_ready(states)
-    for track, state in zip(group, states, strict=True):
-        track.end_task(state, task)
-
-
-def _groups(tracks: Sequence[Track]) -> list[list[Track]]:
-    """Tracks that go through one executable together."""
-    by_executable: dict[int, list[Track]] = {}
-    for track in tracks:
-        by_executable.setdefault(id(track.executables), []).append(track)
-    size = width()
-    return [
-        members[start : start + size]
-        for members in by_executable.values()
-        for start in range(0, len(members), size)
-    ]
-
-
-def _workers() -> int:
-    """One thread per core; an accelerator is kept busy by one."""
-    if jax.default_backend() != "cpu":
-        return 1
-    count = getattr(os, "process_cpu_count", os.cpu_count)
-    return count() or 1

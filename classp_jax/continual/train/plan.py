@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from classp_jax.continual.data.arrays import Split, Stream, generator
 from classp_jax.continual.errors import ContinualError
+
+_N = TypeVar("_N", int, float)
 
 _ORDER, _SAMPLE, _TEST = 103, 104, 105
 """Keys of :func:`generator`, one for each use."""
@@ -235,7 +237,7 @@ def _plan(
     )
 
 
-def _of_task(values: Sequence[float], k: int, default: float) -> float:
+def _of_task(values: Sequence[_N], k: int, default: _N) -> _N:
     return values[min(k, len(values) - 1)] if values else default
 
 

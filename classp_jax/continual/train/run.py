@@ -1,14 +1,10 @@
 """The main job: methods on a stream, for every seed, results kept as they come."""
 
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
 import pathlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,25 +12,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from classp_jax.continual.data.arrays import Stream
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.methods.protocol import Method
-from classp_jax.continual.methods.registry import as_methods, resolve_settings
-from classp_jax.continual.models import as_model
-from classp_jax.continual.results.records import Provenance, Results
+from classp_jax.continual.methods.registry import (
+    as_methods,
+    check_owners,
+    resolve_settings,
+)
+from classp_jax.continual.results.records import Results
 from classp_jax.continual.results.store import find
 from classp_jax.continual.train.cost import estimate
 from classp_jax.continual.train.experiment import (
     Experiment,
     compile_evaluate,
     compile_method,
-    prepare,
 )
 from classp_jax.continual.train.experiment import (
     initial_weights as drawn_weights,
 )
-from classp_jax.continual.train.loop import Progress, train
-from classp_jax.continual.train.plan import Training
+from classp_jax.continual.train.loop import train
+from classp_jax.continual.train.progress import Progress
+from classp_jax.continual.train.provenance import provenance
+from classp_jax.continual.train.setup import check_count, set_up
 
 
 class Trained(NamedTuple):
@@ -44,76 +43,6 @@ class Trained(NamedTuple):
     """The weights."""
     state: Any
     """The method's state: the optimizer's, and what it keeps beside that."""
-
-
-class Setup(NamedTuple):
-    """An experiment without methods, ready to train."""
-
-    experiment: Experiment
-    configuration: dict[str, Any]
-    """What two runs must have in common to be compared; JSON's types."""
-    stream: dict[str, Any]
-    """``name``, ``scenario``, ``task_names`` and ``kind``."""
-
-
-def set_up(
-    stream: Any,
-    model: Any,
-    seeds: Sequence[int],
-    *,
-    model_options: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Setup:
-    """Reads every seed's data and checks network and options; trains nothing.
-
-    Args:
-      stream: as for :func:`run`.
-      model: as for :func:`run`.
-      seeds: as for :func:`run`.
-      model_options: as for :func:`run`.
-      **options: fields of :class:`Training`.
-
-    Raises:
-      ContinualError: for whatever does not fit.
-    """
-    training = _training(options)
-    seeds = _checked_seeds(seeds)
-    streams = [stream(seed) if callable(stream) else stream for seed in seeds]
-    x = streams[0].tasks[0].train.x
-    example = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    more = dict(model_options or {})
-    if model == "transformer":
-        more.setdefault("vocabulary_size", max(s.vocabulary_size for s in streams))
-    try:
-        network = as_model(model, example, streams[0].num_classes, **more)
-    except ContinualError:
-        raise
-    except ValueError as error:
-        raise ContinualError(" ".join(str(error).split())) from error
-    experiment = prepare(streams, seeds, network, training)
-    data = getattr(stream, "configuration", None) or {"stream": streams[0].name}
-    options = dict(more, name=network.name)
-    recorded = training._asdict()
-    if not training.until_loss:
-        recorded.pop("until_loss")
-    configuration = {
-        "data": data,
-        "fingerprint": getattr(stream, "fingerprint", None) or _fingerprint(streams),
-        "network": options,
-        "training": recorded,
-    }
-    names = {tuple(task.name for task in s.tasks) for s in streams}
-    first = list(experiment.task_names)
-    info = {
-        "name": streams[0].name,
-        "scenario": streams[0].scenario,
-        "kind": streams[0].kind,
-        # Where a task depends on the seed, it has only its number.
-        "task_names": first
-        if len(names) == 1
-        else [f"task {k + 1}" for k in range(len(first))],
-    }
-    return Setup(experiment, json.loads(json.dumps(configuration)), info)
 
 
 def run(
@@ -186,11 +115,14 @@ def run(
       ['sgd', 'classp']
     """
     chosen = as_methods(methods)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ContinualError("settings must be a mapping from methods to mappings")
+    check_owners("settings", settings or {}, chosen.values())
     resolved = {
-        name: resolve_settings(method, _layer(method, settings))
+        name: resolve_settings(method, settings or {})
         for name, method in chosen.items()
     }
-    _check_count("rounding_copies", rounding_copies, 0)
+    check_count("rounding_copies", rounding_copies, 0)
     setup = set_up(stream, model, seeds, model_options=model_options, **options)
     configuration = setup.configuration
     weights = None
@@ -237,74 +169,6 @@ def run(
             kept = results.params | params
             results = dataclasses.replace(added.save(folder), params=kept)
     return results
-
-
-def _layer(
-    method: Method, settings: Mapping[str, Mapping[str, float]] | None
-) -> Mapping[str, Mapping[str, float]]:
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ContinualError("settings must be a mapping of mappings by method")
-    return settings or {}
-
-
-def _training(options: Mapping[str, Any]) -> Training:
-    """The options as numbers that training can use."""
-    unknown = [name for name in options if name not in Training._fields]
-    if unknown:
-        raise ContinualError(
-            f"run has no option {unknown[0]!r}; it has {', '.join(Training._fields)}"
-        )
-    several = {
-        name: (value,) if isinstance(value, int | float) else tuple(value or ())
-        for name, value in options.items()
-        if name in ("epochs", "until_loss", "normalisation")
-    }
-    training = Training(**{**options, **several})
-    for name in ("batch_size", "points", "fisher_examples"):
-        _check_count(name, getattr(training, name), 1)
-    for value in training.epochs:
-        _check_count("epochs", value, 1)
-    if not training.epochs:
-        raise ContinualError("epochs: at least one number is needed")
-    if training.max_test is not None:
-        _check_count("max_test", training.max_test, 1)
-    choices = {
-        "evaluate": ("seen", "all"),
-        "evaluate_on": ("test", "validation"),
-        "order": ("shuffled", "stored"),
-        "fisher": ("exact", "sampled", "empirical"),
-    }
-    for name, allowed in choices.items():
-        if getattr(training, name) not in allowed:
-            raise ContinualError(
-                f"{name} must be {' or '.join(map(repr, allowed))}, got "
-                f"{getattr(training, name)!r}"
-            )
-    if not all(math.isfinite(t) and t > 0 for t in training.until_loss):
-        raise ContinualError(f"until_loss must be above 0: {training.until_loss}")
-    scale = training.normalisation
-    if scale and not (
-        len(scale) == 2 and all(map(math.isfinite, scale)) and scale[1] > 0
-    ):
-        raise ContinualError(
-            f"normalisation must be a finite mean and a deviation above 0: {scale}"
-        )
-    return training
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ContinualError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _checked_seeds(seeds: Any) -> list[int]:
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    for seed in seeds:
-        _check_count("seeds", seed, 0)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ContinualError(f"seeds must be named once each, at least one: {seeds}")
-    return [int(seed) for seed in seeds]
 
 
 def _starting_weights(
@@ -394,36 +258,5 @@ def _save_weights(
             )
             for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
         }
-        np.savez(folder / f"{method}-{digest[:6]}-{seed}.npz", **arrays)
-
-
-def provenance(command: str | None = None) -> Provenance:
-    """When, where and with what something is computed now."""
-    names = ("classp-jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Provenance(now, device_name(), versions, command)
-
-
-def device_name() -> str:
-    """The machine in words: the accelerator, or the processor and its cores."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    count = getattr(os, "process_cpu_count", os.cpu_count)
-    return f"CPU ({platform.machine()}, {count()} cores)"
-
-
-def _fingerprint(streams: Sequence[Stream]) -> str:
-    """A hash of one stream's arrays, for data that did not come from a maker."""
-    digest = hashlib.sha256()
-    for task in streams[0].tasks:
-        for split in (task.train, task.validation, task.test):
-            digest.update(np.ascontiguousarray(split.inputs()).tobytes())
-            digest.update(np.ascontiguousarray(split.labels()).tobytes())
-    return digest.hexdigest()[:16]
+        file = folder / f"{method}-{digest[:6]}-{seed}.npz"
+        np.savez(file, allow_pickle=False, **arrays)

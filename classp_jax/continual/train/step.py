@@ -144,8 +144,8 @@ def make_traced(
     def batch_of(stored: Any, run: RunData, examples: Examples) -> Batch:
         return Batch(
             inputs_of(stored, run, examples.rows, examples.task),
-            examples.y,
-            examples.task,
+            jnp.asarray(examples.y),
+            jnp.asarray(examples.task),
             run.classes[examples.task],
             jnp.ones(examples.y.shape, jnp.float32),
         )

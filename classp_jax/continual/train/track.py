@@ -1,9 +1,7 @@
 """One run while it trains: its state, and what has been measured so far."""
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,13 +97,6 @@ class Track:
         sample = self.plan.sample(task, self.experiment.training.fisher_examples)
         key = boundary_key(self.plan.seed)
         return (self.data, self.numbers, sample, key, self.state)
-
-    @contextlib.contextmanager
-    def clock(self, runs: int) -> Iterator[None]:
-        """Adds to the time that training takes each of so many runs."""
-        began = time.perf_counter()
-        yield
-        self.seconds += (time.perf_counter() - began) / runs
 
     def evaluate(self, task: int, point: int) -> None:
         """Measures accuracy; at the task's end on all test examples."""

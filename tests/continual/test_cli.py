@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from classp_jax.continual import cli, report
+from classp_jax.continual import cli, report, results
 from classp_jax.continual.train.provenance import device_name
 
 MINE = """
@@ -338,6 +338,15 @@ sys.exit(main())
     assert done.returncode == 1
     assert 'pip install "classp-jax[continual]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_method_that_diverged_comes_with_a_hint(capsys):
+    lost = results.Run(method="ewc", seed=0, matrix=[[0.1], [np.nan]], diverged=True)
+    kept = results.Run(method="sgd", seed=0, matrix=[[0.1], [0.9]])
+    cli._hint_at_divergence(results.Results({}, {}, (lost, kept)), cli._console())
+    (hint,) = capsys.readouterr().out.splitlines()
+    assert "--set ewc.learning_rate=NUMBER" in hint
+    assert "classp-jax sweep --methods ewc" in hint
 
 
 def test_the_number_of_cores_is_known_on_every_system(monkeypatch):

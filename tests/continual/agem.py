@@ -29,7 +29,9 @@ def _hooks(settings, problem):
         return memory, jax.tree.map(lambda g, o: g - share * o, gradients, old)
 
     def end_of_task(memory, end, sample, key):
-        return jax.tree.map(lambda new: new[:count], sample), end
+        # Examples repeat if the sample has fewer.
+        shaped = lambda a: jnp.resize(a, (count, *a.shape[1:]))  # noqa: E731
+        return jax.tree.map(shaped, sample), end
 
     return Hooks(init, gradients=gradients, end_of_task=end_of_task)
 

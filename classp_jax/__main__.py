@@ -3,12 +3,13 @@
 import os
 import signal
 import sys
+from typing import Any
 
 
 def main() -> int:
     """Runs the command line, or says in one line what it lacks."""
     try:
-        from classp_jax.continual.cli import main as run
+        from classp_jax.continual import cli
     except ModuleNotFoundError as error:
         print(
             f"classp-jax: {error.name} is not installed; the command line needs the "
@@ -16,8 +17,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    status = run()
-    if status == 128 + signal.SIGINT:
+
+    def terminate(*_: Any) -> None:
+        raise cli.Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    status = cli.main()
+    if status in (cli.INTERRUPTED, cli.TERMINATED):
         # XLA may still be computing in threads of its own, and an orderly exit that
         # takes their memory away can crash.
         sys.stdout.flush()

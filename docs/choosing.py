@@ -4,7 +4,6 @@ Run ``python docs/choosing.py`` (extra ``continual``; some minutes on two cores)
 Everything is measured on validation data, with seeds that no reported result uses.
 """
 
-import datetime
 import itertools
 import json
 import pathlib
@@ -12,16 +11,11 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from classp_jax.continual.config import (
-    RunConfig,
-    make_network,
-    make_streams,
-    training,
-)
-from classp_jax.continual.methods import parse_method
-from classp_jax.continual.metrics import average_accuracy, learning_accuracy
-from classp_jax.continual.run import device_name
+from classp_jax import continual
+from classp_jax.continual.results.metrics import average_accuracy, learning_accuracy
 from classp_jax.continual.train import train
+from classp_jax.continual.train.provenance import provenance
+from classp_jax.continual.train.setup import set_up
 
 FOLDER = pathlib.Path(__file__).parent
 SEEDS = (1000, 1001)
@@ -29,28 +23,25 @@ RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 EPSILONS = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 POWERS = [0.5, 1.0, 1.5, 2.0, 3.0]
 THRESHOLDS = [0.0, 1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
-STREAMS = {
-    "permuted": RunConfig(stream="permuted", epochs=(5,)),
-    "split": RunConfig(stream="split", epochs=(5,)),
-}
+STREAMS = {"permuted": continual.permuted, "split": continual.split}
 
 
-def measure(config: RunConfig) -> dict[str, list[dict[str, float]]]:
+def measure(stream: continual.StreamMaker) -> dict[str, list[dict[str, float]]]:
     """Accuracies over grids of power, rate and epsilon, then of threshold."""
-    streams = make_streams(config, SEEDS)
-    model = make_network(config, streams)
-    how = training(config, evaluate_on="validation")._replace(points_per_task=1)
+    options = {"epochs": 5, "points": 1, "evaluate_on": "validation"}
+    experiment = set_up(stream, "mlp", SEEDS, **options).experiment
+    method = continual.method("classp")
 
     def evaluate(settings: list[dict[str, float]]) -> list[dict[str, float]]:
-        method = parse_method("classp")
-        runs = train(method, settings, model, streams, SEEDS, how)
         return [
             setting
             | {
-                "average": _mean(average_accuracy, of_setting),
-                "learning": _mean(learning_accuracy, of_setting),
+                "average": _mean(average_accuracy, runs),
+                "learning": _mean(learning_accuracy, runs),
             }
-            for setting, of_setting in zip(settings, runs, strict=True)
+            for setting, runs in zip(
+                settings, train(experiment, method, settings), strict=True
+            )
         ]
 
     scaling = []
@@ -119,18 +110,15 @@ def _labels(values: list[float]) -> list[str]:
     return [f"{value:g}" for value in values]
 
 
-def _best(tries: list[dict[str, float]], name: str, value: float) -> dict[str, float]:
-    return max((s for s in tries if s[name] == value), key=lambda s: s["average"])
+def _best(made: list[dict[str, float]], name: str, value: float) -> dict[str, float]:
+    return max((s for s in made if s[name] == value), key=lambda s: s["average"])
 
 
 def main() -> None:
     """Measures both streams and writes the files."""
-    results = {name: measure(config) for name, config in STREAMS.items()}
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "seeds": SEEDS,
-    }
+    results = {name: measure(make("digits")) for name, make in STREAMS.items()}
+    origin = provenance()
+    about = {"date": origin.date[:10], "device": origin.device, "seeds": SEEDS}
     text = json.dumps({"about": about, "results": results}, indent=1)
     (FOLDER / "choosing.json").write_text(text, encoding="utf-8")
     draw(results).savefig(FOLDER / "choosing.png", dpi=120)

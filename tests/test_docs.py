@@ -7,11 +7,14 @@ import re
 
 import pytest
 
+from classp_jax.continual import presets
+from classp_jax.continual.results import load
+
 ROOT = pathlib.Path(__file__).parents[1]
 CHOOSING = json.loads((ROOT / "docs/choosing.json").read_text(encoding="utf-8"))
 
 
-def _tries(stream, part="scaling", **fixed):
+def _trials(stream, part="scaling", **fixed):
     return [
         t
         for t in CHOOSING["results"][stream][part]
@@ -20,18 +23,18 @@ def _tries(stream, part="scaling", **fixed):
 
 
 def _best(stream, part="scaling", **fixed):
-    return max(t["average"] for t in _tries(stream, part, **fixed))
+    return max(t["average"] for t in _trials(stream, part, **fixed))
 
 
 def _at(stream, rate, eps):
-    (found,) = _tries(stream, learning_rate=rate, eps=eps, power=1.0)
+    (found,) = _trials(stream, learning_rate=rate, eps=eps, power=1.0)
     return found["average"]
 
 
 def _loss_over_small_epsilons(stream, rate):
     values = [
         t["average"]
-        for t in _tries(stream, learning_rate=rate, power=1.0)
+        for t in _trials(stream, learning_rate=rate, power=1.0)
         if t["eps"] <= 0.01
     ]
     return max(values) - min(values)
@@ -68,34 +71,21 @@ def test_choosing_quotes_what_was_measured():
 
 def test_the_bests_that_choosing_names():
     best = {
-        s: max(_tries(s, power=1.0), key=lambda t: t["average"])
+        s: max(_trials(s, power=1.0), key=lambda t: t["average"])
         for s in ("permuted", "split")
     }
     assert (best["permuted"]["learning_rate"], best["permuted"]["eps"]) == (0.1, 1e-6)
     assert (best["split"]["learning_rate"], best["split"]["eps"]) == (0.01, 1e-7)
     for stream, tau in (("permuted", 1e-5), ("split", 1e-6)):
-        tries = _tries(stream, "threshold")
-        assert max(tries, key=lambda t: t["average"])["threshold"] == tau
+        trials = _trials(stream, "threshold")
+        assert max(trials, key=lambda t: t["average"])["threshold"] == tau
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return json.loads((ROOT / "docs/digits/results.json").read_text(encoding="utf-8"))
-
-
-def test_readme_quotes_the_stored_run(digits):
+def test_the_digits_report_is_drawn_from_its_results():
     from classp_jax.continual.report import markdown
-    from classp_jax.continual.results import load
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    report = markdown(load(ROOT / "docs/digits"))
-    rows = [line for line in report.splitlines() if line.startswith("| ")]
-    for row in rows[: 2 + len({r["method"] for r in digits["runs"]})]:
-        name, accuracy, *_ = (cell.strip() for cell in row.split("|")[1:-1])
-        if name in ("Method", "---"):
-            continue
-        assert re.search(rf"\| `?{re.escape(name)}`? \| {re.escape(accuracy)} ", readme)
-    assert digits["date"] in readme
+    folder = ROOT / "docs/digits"
+    assert (folder / "report.md").read_text(encoding="utf-8") == markdown(load(folder))
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +112,14 @@ def test_no_result_in_the_paper_s_template_is_typed(paper):
     assert re.findall(r"\d+\.\d+ ?(?:%|points|±|\|)", typed) == []
 
 
+def test_the_template_refuses_what_is_misspelt(paper):
+    import jinja2
+
+    with pytest.raises(jinja2.UndefinedError, match="acccc"):
+        paper.render('{{ acccc("mnist-fashion", "classp") }}')
+    assert paper.render("{{ 1.25 }} {{ 'a' }}") == "1.2 a"
+
+
 def test_the_paper_s_numbers_depend_on_the_stored_results(paper, monkeypatch):
     name, method = "mnist-fashion", "classp"
     before = paper.acc(name, method)
@@ -137,31 +135,23 @@ def test_the_paper_s_numbers_depend_on_the_stored_results(paper, monkeypatch):
     assert paper.acc(name, method) == "0.0 ± 0.0"
 
 
-def test_stored_results_come_from_the_presets(paper):
-    from classp_jax.continual.config import (
-        RunConfig,
-        preset_sizes,
-        read_preset,
-        with_options,
-    )
-
-    free = {"source", "data_dir", "seeds", "out", "methods"}
-    for name in preset_sizes():
-        stored = paper.results(name).configuration
-        size = "paper" if name.endswith("published") else "small"
-        preset = vars(with_options(RunConfig(), read_preset(name, size)))
-        for key, value in preset.items():
-            if key in free or key not in stored:
-                continue
-            value = list(value) if isinstance(value, tuple) else value
-            assert stored[key] == value, (name, key)
-        assert set(preset["settings"]) == set(stored["methods"])
+@pytest.mark.parametrize("name", [n for n in presets.sizes() if n != "digits"])
+def test_stored_results_come_from_the_presets(paper, name):
+    stored = paper.results(name)
+    preset = presets.load(name)
+    for option, value in stored.configuration["training"].items():
+        expected = getattr(preset.training, option, value)
+        expected = list(expected) if isinstance(expected, tuple) else expected
+        assert value == expected, option
+    assert stored.configuration["network"]["name"] == preset.network.model
+    assert {run.method for run in stored.runs} == set(preset.methods)
+    for run in stored.runs:
+        assert run.settings == pytest.approx(preset.settings[run.method])
 
 
-def test_readme_quotes_the_paper_s_results(paper):
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for method in ("classp", "adagrad", "adam", "sgd", "replay"):
-        assert f"{paper.acc('mnist-fashion', method)} % for `{method}`" in readme
-    for what in (0, 1):
-        score = paper.spread(paper.as_scripts("scale-later+classp-published", what))
-        assert f"{score} %" in readme
+def test_digits_were_run_as_the_preset_says():
+    runs = load(ROOT / "docs/digits").runs
+    settings = presets.load("digits").settings
+    assert {run.seed for run in runs} == set(range(10))
+    for run in runs:
+        assert run.settings == pytest.approx(settings[run.method])

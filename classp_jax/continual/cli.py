@@ -1,268 +1,311 @@
-"""The command line ``classp-jax``: it only wires."""
+"""The command line ``classp-jax``: it only wires.
+
+Whatever is slow to import is imported by the command that needs it, so that something
+stands on the screen at once.
+"""
 
 import contextlib
-import io
-import re
+import math
+import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+
+import classp_jax
+from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.options import (
+    ExperimentOptions,
+    Report,
+    Run,
+    Sweep,
+    UsageError,
+    assigned,
+    out_folder,
+    parse,
+    ranges,
 )
 
-from classp_jax.continual._names import nearest
+if TYPE_CHECKING:
+    from classp_jax.continual.results import Results
 
-T = TypeVar("T")
-
-_USAGE = """\
-usage: classp-jax COMMAND [OPTIONS]
-
-commands:
-  run        train on a stream of tasks and report what was kept and what was forgotten
-  sweep      tune every method with the same number of tries, for a later run
-  report     table and pictures again, from one results folder or several
-  list       streams, sources, models and methods
-  benchmark  steps a second beside a plain PyTorch loop
-
-classp-jax COMMAND --help lists a command's options."""
+OK, ERROR, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""What the command line exits with."""
 
 
-class UsageError(ValueError):
-    """A command line that cannot be read; the message is one line."""
+class Terminated(BaseException):
+    """SIGTERM came."""
 
 
-def _parse(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
-    """``tyro.cli``, but with errors on one line."""
-    errors = io.StringIO()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    What a user can mend is one line on standard error; an error of ours keeps its
+    traceback.
+
+    Returns:
+      The exit status: 0, 1 for an error, 2 for a command line that cannot be read, 130
+      after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"classp-jax {classp_jax.__version__}")
+        return OK
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=list(arguments), **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # Tyro draws a box of several lines around what it has to say.
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯─│]", " ", errors.getvalue())
-        message = re.sub(r"\s+", " ", text).strip()
-        message = re.sub(r"^(Parsing error|Unrecognized options)\s", "", message)
-        raise UsageError(message) from None
+        options = parse(arguments)
+        console = _console()
+        command = shlex.join(["classp-jax", *arguments])
+        if isinstance(options, Run):
+            _run(options, command, console)
+        elif isinstance(options, Sweep):
+            _sweep(options, command, console)
+        elif isinstance(options, Report):
+            _report(options, console)
+        else:
+            _list(console)
+    except UsageError as error:
+        return _fail(error, USAGE)
+    except (ContinualError, OSError) as error:
+        return _fail(error, ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept", INTERRUPTED)
+    except Terminated:
+        return _fail("terminated; what was finished is kept", TERMINATED)
+    return OK
 
 
-def _taken(rest: list[str], option: str, what: str) -> str | None:
-    """Takes an option and its value out of the arguments."""
-    for i, argument in enumerate(rest):
-        if argument == option or argument.startswith(f"{option}="):
-            inline = argument.partition("=")[2]
-            if not inline and i + 1 >= len(rest):
-                raise UsageError(f"{option} needs {what}")
-            value = inline or rest[i + 1]
-            del rest[i : i + (1 if inline else 2)]
-            return value
-    return None
+def _fail(error: BaseException | str, status: int) -> int:
+    print(f"classp-jax: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
-def _with_file(kind: Callable[[], T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """The defaults, or those of --preset and of --config; the other arguments."""
-    from classp_jax.continual.config import read_config, read_preset, with_options
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(width=120, highlight=False)
 
-    default: Any = kind()
-    rest = list(arguments)
-    size = _taken(rest, "--preset-size", "a size")
-    preset = _taken(rest, "--preset", "a name; classp-jax list names them")
-    path = _taken(rest, "--config", "a TOML or JSON file")
-    if preset is not None:
-        options = read_preset(preset, size)
-        if hasattr(default, "tries"):
-            options["out"] = options["out"].replace("runs/", "runs/sweep-")
-        default = with_options(default, options)
-    elif size is not None:
-        raise UsageError("--preset-size goes with --preset")
-    if path is not None:
-        default = with_options(default, read_config(path))
-    return default, rest
+
+def _run(options: Run, command: str, console: Console) -> None:
+    _begin(options, console)
+    from classp_jax.continual import report
+    from classp_jax.continual.experiment import prepare
+    from classp_jax.continual.train.run import run
+
+    prepared = prepare(options, assigned(options, options.methods))
+    folder = out_folder(options)
+    console.print(prepared.stream.describe())
+    _say_where_settings_are_from(options, console)
+    with _progress(console) as progress, _writers(options, folder) as on_metrics:
+        results = run(
+            prepared.stream,
+            prepared.model,
+            prepared.methods,
+            seeds=options.seeds,
+            settings=prepared.settings,
+            model_options=prepared.model_options,
+            **prepared.training,
+            **prepared.evaluation,
+            folder=folder,
+            save_weights=options.save_weights,
+            command=command,
+            announce=lambda line: console.print(f"{line}; compiling first"),
+            progress=progress,
+            on_metrics=on_metrics,
+        )
+    report.write_report(results, folder)
+    console.print(results.table())
+    _hint_at_divergence(results, console)
+    console.print(f"results and pictures: {folder}")
+
+
+def _begin(options: ExperimentOptions, console: Console) -> None:
+    """A sign of life, before the seconds that imports and data take."""
+    seeds = options.tuning_seeds if isinstance(options, Sweep) else options.seeds
+    trials = f"{options.trials} trials of each, " if isinstance(options, Sweep) else ""
+    console.print(
+        f"{options.data.stream} {' '.join(options.data.source)}: "
+        f"{len(options.methods) + len(options.method)} methods, {trials}"
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}"
+    )
+    if options.compilation_cache:
+        _keep_compiled_code()
+
+
+def _keep_compiled_code() -> None:
+    """JAX's persistent cache, in the user's cache folder unless it is set already."""
+    import jax
+    import platformdirs
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = pathlib.Path(platformdirs.user_cache_dir("classp-jax"), "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # By default JAX keeps only what took a second to compile.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _say_where_settings_are_from(options: Run, console: Console) -> None:
+    if options.preset is not None:
+        text = f"those of the preset {options.preset}"
+    elif options.config is not None:
+        text = f"those of {options.config}; elsewhere the library's defaults"
+    else:
+        text = "the library's defaults, not tuned for this stream: see classp-jax sweep"
+    console.print(f"settings: {text}")
+
+
+def _hint_at_divergence(results: "Results", console: Console) -> None:
+    lost = dict.fromkeys(run.method for run in results.runs if run.diverged)
+    for name in lost:
+        console.print(
+            f"{name} diverged: choose a lower --set {name}.learning_rate=NUMBER, or "
+            f"tune it: classp-jax sweep --methods {name}"
+        )
 
 
 @contextlib.contextmanager
-def _progress(console: Console, unit: str) -> Iterator[Callable[..., None]]:
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-        TextColumn("{task.fields[accuracy]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bars: dict[str, Any] = {}
+def _writers(options: Run, folder: pathlib.Path) -> Iterator[Any]:
+    """What is called with metrics while training goes on; None if nobody asked."""
+    from classp_jax.continual.results import writers
 
-        def show(name: str, done: int, total: int, accuracy: float) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total, accuracy="")
-            text = f"accuracy {accuracy:6.1%}" if accuracy == accuracy else "diverged"
-            progress.update(bars[name], completed=done, accuracy=text)
+    with contextlib.ExitStack() as stack:
+        chosen = []
+        if options.csv:
+            opened = writers.csv_writer(folder / "metrics.csv")
+            chosen.append(stack.enter_context(opened))
+        if options.tensorboard:
+            opened = writers.tensorboard_writer(folder / "tensorboard")
+            chosen.append(stack.enter_context(opened))
+
+        def write(record: Any) -> None:
+            for writer in chosen:
+                writer(record)
+
+        yield write if chosen else None
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """Shows training: bars in a terminal, else one line per method and task."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description:<18}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+        bars.TextColumn("{task.fields[note]}"),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console) as shown:
+        known: dict[str, Any] = {}
+
+        def show(event: Any) -> None:
+            if event.method not in known:
+                known[event.method] = shown.add_task(
+                    event.method, total=event.steps, note=""
+                )
+            note = f"task {event.task + 1}/{event.tasks} {_accuracy(event.accuracy)}"
+            shown.update(known[event.method], completed=event.step, note=note)
 
         yield show
 
 
-def _command_line(command: str, arguments: Sequence[str]) -> str:
-    return shlex.join(["classp-jax", command, *arguments])
+class _Lines:
+    """Progress for a file: a line for every task that a method has finished."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def __call__(self, event: Any) -> None:
+        if event.task_finished:
+            what = f"task {event.task + 1} of {event.tasks}"
+            self.console.print(f"{event.method}: {what}, {_accuracy(event.accuracy)}")
+            self.console.file.flush()
 
 
-def _run(arguments: Sequence[str], console: Console) -> None:
-    from classp_jax.continual import report
-    from classp_jax.continual.config import RunConfig
-    from classp_jax.continual.run import run
+def _accuracy(accuracy: float) -> str:
+    return "diverged" if math.isnan(accuracy) else f"accuracy {accuracy:.1%}"
 
-    default, rest = _with_file(RunConfig, arguments)
-    config = _parse(
-        RunConfig, rest, default=default, prog="classp-jax run", description=_RUN_HELP
+
+def _sweep(options: Sweep, command: str, console: Console) -> None:
+    _begin(options, console)
+    from classp_jax.continual import tuning
+    from classp_jax.continual.config import write
+    from classp_jax.continual.experiment import prepare
+    from classp_jax.continual.results.files import write_atomically
+
+    prepared = prepare(options, assigned(options, options.methods))
+    folder = out_folder(options)
+    console.print(prepared.stream.describe())
+
+    def show(name: str, done: int, trials: int, score: float) -> None:
+        console.print(f"{name}: {done} of {trials} trials, best {score:.1%}")
+
+    tuned = tuning.tune(
+        prepared.stream,
+        prepared.model,
+        prepared.methods,
+        trials=options.trials,
+        seeds=options.tuning_seeds,
+        together=options.together,
+        ranges=ranges(options),
+        settings=prepared.settings,
+        model_options=prepared.model_options,
+        **prepared.training,
+        folder=folder,
+        announce=console.print,
+        progress=show,
     )
-    with _progress(console, "steps") as progress:
-        results, out = run(config, progress=progress)
-    report.write_report(results, out, command=_command_line("run", arguments))
-    console.print(report.rich_table(results))
-    console.print(f"results and pictures: {out}", soft_wrap=True)
-
-
-_RUN_HELP = (
-    "Train on a stream of tasks and report what was kept and what was forgotten. "
-    "--preset NAME (and --preset-size SIZE) takes the options of an experiment that "
-    "classp-jax list names, --config FILE those of a TOML or JSON file; options of the "
-    "command line win."
-)
-
-
-def _sweep(arguments: Sequence[str], console: Console) -> None:
-    from classp_jax.continual.config import SweepConfig
-    from classp_jax.continual.sweep import best, sweep
-
-    default, rest = _with_file(SweepConfig, arguments)
-    config = _parse(
-        SweepConfig,
-        rest,
-        default=default,
-        prog="classp-jax sweep",
-        description="Tune every method with the same number of tries, on validation "
-        "data and on seeds that are not reported. --preset and --config as for run.",
+    header = (
+        f"Best of {options.trials} trials for each method on validation data, seeds "
+        f"{' '.join(map(str, options.tuning_seeds))}.\nWritten by: {command}"
     )
-    with _progress(console, "tries") as progress:
-        tries, out = sweep(config, _command_line("sweep", arguments), progress=progress)
-    for name, made in tries.items():
-        winner = best(made)
-        settings = ", ".join(f"{k} {v:.3g}" for k, v in winner.settings.items())
-        console.print(f"{name:<18} {winner.accuracy:6.1%}  {settings}", highlight=False)
-    console.print(
-        f"winners: classp-jax run --config {out / 'config.toml'}", soft_wrap=True
-    )
+    path = folder / "config.toml"
+    winners = options.experiment(tuned.settings)
+    write_atomically(path, write(winners, header=header).encode())
+    for name, trials in tuned.trials.items():
+        found = ", ".join(f"{k} {v:g}" for k, v in tuned.settings[name].items())
+        console.print(f"{name:<18} {tuning.best(trials).score:6.1%}  {found}")
+    console.print(f"winners: classp-jax run --config {path}")
 
 
-def _report(arguments: Sequence[str], console: Console) -> None:
-    import dataclasses
-    import pathlib
-
+def _report(options: Report, console: Console) -> None:
     from classp_jax.continual import report
     from classp_jax.continual.results import load, merge
 
-    @dataclasses.dataclass(frozen=True)
-    class ReportConfig:
-        """Table and pictures again, from results folders of one stream."""
-
-        folders: tyro.conf.Positional[tuple[str, ...]]
-        """Folders, each with a results.json."""
-        out: str | None = None
-        """Where the report goes: by default the folder, if there is only one."""
-
-    config = _parse(ReportConfig, arguments, prog="classp-jax report")
-    folders = list(config.folders)
-    if not folders:
-        raise UsageError("report needs at least one folder with a results.json")
-    if config.out is None and len(folders) > 1:
+    if options.out is None and len(options.folders) > 1:
         raise UsageError("report of several folders needs --out")
-    found = [load(folder) for folder in folders]
-    results = found[0] if len(found) == 1 else merge(found)
-    out = pathlib.Path(config.out or folders[0])
-    report.write_report(results, out, command=_command_line("report", arguments))
-    console.print(report.rich_table(results))
-    console.print(f"report and pictures: {out}", soft_wrap=True)
+    folders = list(options.folders)
+    folder = pathlib.Path(options.out or folders[0])
+    results = merge([load(found) for found in folders])
+    if options.out is not None:
+        results = results.save(folder)
+    report.write_report(results, folder, options.reference)
+    console.print(results.table(options.reference))
+    console.print(f"report and pictures: {folder}")
 
 
-def _list(arguments: Sequence[str], console: Console) -> None:
-    from classp_jax.continual.config import preset_sizes
-    from classp_jax.continual.methods import ADDITIONS, OPTIMIZERS
+def _list(console: Console) -> None:
+    from classp_jax.continual import presets
+    from classp_jax.continual.data.readers import SOURCES
+    from classp_jax.continual.data.streams import STREAMS
+    from classp_jax.continual.methods.registry import METHODS
     from classp_jax.continual.models import MODELS
-    from classp_jax.continual.sources import SOURCES
-    from classp_jax.continual.streams import STREAMS
 
-    if arguments:
-        raise UsageError(f"list takes no options: {shlex.join(arguments)}")
-    parts = {**OPTIMIZERS, **ADDITIONS}
     tables = {
         "streams": STREAMS,
         "sources": SOURCES,
-        "models": MODELS,
-        "methods (join by +: ewc+classp)": {k: p.summary for k, p in parts.items()},
+        "models": MODELS | {"package.module:factory": "your own"},
+        "methods (join by +: ewc+classp)": METHODS,
         "presets, with their sizes": {
-            k: ", ".join(v) for k, v in preset_sizes().items()
+            name: ", ".join(sizes) for name, sizes in presets.sizes().items()
         },
     }
     for title, table in tables.items():
         console.print(title, style="bold")
         for name, summary in table.items():
-            console.print(f"  {name:<24} {summary}", highlight=False, markup=False)
-
-
-def _benchmark(arguments: Sequence[str], console: Console) -> None:
-    from classp_jax.continual import benchmark
-
-    config = _parse(benchmark.BenchmarkConfig, arguments, prog="classp-jax benchmark")
-    benchmark.benchmark(config, console)
-
-
-_COMMANDS = {
-    "run": _run,
-    "sweep": _sweep,
-    "report": _report,
-    "list": _list,
-    "benchmark": _benchmark,
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status.
-
-    Errors that a user can mend are one line on standard error and status 1; a wrong
-    command line is status 2, Ctrl-C 130.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return 0 if arguments else 2
-    command, *rest = arguments
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    try:
-        if command not in _COMMANDS:
-            raise UsageError(
-                f"unknown command {command!r}{nearest(command, _COMMANDS)}"
-            )
-        _COMMANDS[command](rest, console)
-    except UsageError as error:
-        return _fail(error, 2)
-    except (ValueError, OSError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the results of finished methods are kept", 130)
-    return 0
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    print(f"classp-jax: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
+            console.print(f"  {name:<24} {summary}", markup=False)

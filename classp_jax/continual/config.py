@@ -1,422 +1,363 @@
-"""What a run is told: the options of the command line and of its files."""
+"""What an experiment is: options in tables, the same in TOML, JSON and Python.
+
+Nothing is built here. :func:`read` refuses what no experiment can be and says so on
+one line; what depends on the data or on a method is checked by those who read it.
+"""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
-import tomllib
+import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
+import msgspec
+from msgspec import Meta
 
 from classp_jax.continual._names import nearest
-from classp_jax.continual.learner import Training
-from classp_jax.continual.methods import Method, Setting, parse_method, resolve_settings
-from classp_jax.continual.models import Model, make_model
-from classp_jax.continual.sources import load_sources
-from classp_jax.continual.streams import Stream, make_stream
+from classp_jax.continual.errors import ContinualError
 
+C = TypeVar("C")
 Settings = dict[str, dict[str, float]]
-"""Hyperparameters by the name of a method or of one of its parts."""
+"""Numbers by the name of a method, of a part of one, or ``model``, and of a setting."""
+
+_Count = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[float, Meta(gt=0)]
+_Seeds = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
+_Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be; the message is one line."""
+class ConfigError(ContinualError):
+    """A configuration that no experiment can have; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamConfig:
-    """What is learned and by which network: the same for every method."""
+class Data:
+    """The stream of tasks: the same for every method."""
 
-    stream: str = "permuted"
-    """Kind of stream: permuted, rotated, split or sequence."""
-    source: tuple[str, ...] = ("digits",)
+    stream: Literal["permuted", "rotated", "split", "sequence"] = "permuted"
+    """Kind of stream: one source under several pixel orders or angles, its classes
+    split into tasks, or a sequence of sources."""
+    source: _Names = ("digits",)
     """Where the data comes from: digits, tfds:NAME, npz:PATH or tsv:PATH; the stream
-    "sequence" takes several."""
+    "sequence" takes several, and one may come back."""
     data_dir: str | None = None
     """Folder with prepared TFDS data sets."""
-    scenario: str = "domain-incremental"
-    """For the stream "split": class-, domain- or task-incremental."""
-    tasks: int = 5
-    """Number of tasks, for streams that are made from one source."""
-    max_train: int | None = None
-    """At most this many training examples a task."""
-    validation_fraction: float = 0.1
-    """Share of the training data kept for validation."""
-    model: str = "mlp"
-    """Network: mlp, cnn or transformer."""
-    initialisation: Literal["flax", "pytorch"] = "flax"
-    """What the weights of an MLP or a CNN begin as: as Flax or PyTorch would."""
-    hidden: tuple[int, ...] = (128, 128)
-    """Widths of the MLP's hidden layers."""
-    width: int = 64
-    """Width of the transformer."""
-    heads: int = 4
-    """Attention heads of the transformer."""
-    feed_forward: int = 256
-    """Width of the transformer's feed-forward layer."""
-    text_length: int = 30
-    """Tokens kept of each text."""
-    vocabulary_size: int = 20_000
-    """Different tokens kept."""
-    methods: tuple[str, ...] = (
-        "sgd",
-        "adam",
-        "adagrad",
-        "classp",
-        "classp-published",
-        "ewc",
-        "online-ewc",
-        "si",
-        "ewc+classp",
-        "replay",
-        "joint",
+    scenario: Literal["class-incremental", "domain-incremental", "task-incremental"] = (
+        "domain-incremental"
     )
-    """What to compare: optimizers and additions joined by +, such as ewc+classp."""
-    epochs: tuple[int, ...] = (10,)
+    """For the stream "split": whether a task has outputs of its own, shares them with
+    the others, or is also named when it is tested."""
+    tasks: _Count = 5
+    """Number of tasks that are made from one source."""
+    max_train: _Count | None = None
+    """At most this many training examples per task."""
+    validation_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Share of the training data kept for validation."""
+    text_length: _Count = 30
+    """Tokens kept of each text."""
+    vocabulary_size: Annotated[int, Meta(ge=3)] = 20_000
+    """Different tokens kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The network: the same for every method."""
+
+    model: str = "mlp"
+    """mlp, cnn, transformer, or your own as package.module:factory."""
+    initialisation: Literal["flax", "pytorch"] = "flax"
+    """Initial weights of an MLP or a CNN: as Flax or as PyTorch draws them."""
+    hidden: Annotated[tuple[_Count, ...], Meta(min_length=1)] = (128, 128)
+    """Widths of the MLP's hidden layers."""
+    width: _Count = 64
+    """Width of the transformer."""
+    heads: _Count = 4
+    """Attention heads of the transformer."""
+    feed_forward: _Count = 256
+    """Width of the transformer's feed-forward layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How every method trains."""
+
+    epochs: Annotated[tuple[_Count, ...], Meta(min_length=1)] = (10,)
     """Passes over each task's training data; the last one holds for later tasks."""
-    until_loss: tuple[float, ...] = ()
+    until_loss: tuple[_Positive, ...] = ()
     """End a task after the first pass whose last batch has a loss below this, at the
     latest after --epochs; the last number holds for later tasks."""
-    batch_size: int = 32
-    """Examples a step."""
+    batch_size: _Count = 32
+    """Examples per step."""
     order: Literal["shuffled", "stored"] = "shuffled"
-    """Order of the training examples: another one in every pass, or as stored."""
+    """Order of the training examples: new in every pass, or as stored."""
     normalisation: tuple[float, ...] = ()
-    """Mean and deviation of the pixels in [0, 1], by default the first task's."""
-    points: int = 5
-    """How often accuracy is taken during a task."""
+    """Mean and deviation of the pixels in [0, 1]; by default those of the first
+    task's training data, for each seed its own."""
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
     """How EWC takes the Fisher information."""
-    fisher_examples: int = 1000
-    """Training examples of the ended task it takes it from."""
+    fisher_examples: _Count = 1000
+    """Training examples of the ended task from which EWC takes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """When accuracy is measured, and on what."""
+
+    points: _Count = 5
+    """How often accuracy is measured during a task."""
+    max_test: _Count | None = None
+    """Measure on at most this many test examples per task."""
+    evaluate: Literal["seen", "all"] = "seen"
+    """Tasks to measure: those seen so far, or all, for forward transfer too."""
     score_training: bool = False
-    """Also take the accuracy on the training data, with dropout active."""
-    lr: float | None = None
-    """Learning rate of every method, in place of each one's own."""
-    set: tuple[str, ...] = ()
-    """Settings of single methods, such as classp.eps=0.01."""
-    settings: Annotated[Settings, tyro.conf.Suppress] = dataclasses.field(
-        default_factory=dict
-    )
-    """The same from a file: a table a method."""
+    """Also measure accuracy on the training data, with dropout active."""
+
+
+METHODS = (
+    "sgd",
+    "adam",
+    "adagrad",
+    "classp",
+    "classp-published",
+    "ewc",
+    "online-ewc",
+    "si",
+    "ewc+classp",
+    "replay",
+    "joint",
+)
+"""What a run compares if nothing else is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(StreamConfig):
-    """Train on a stream of tasks and report what was kept and what was forgotten."""
+class Experiment:
+    """All that a file holds; what is missing in the file has these defaults."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    data: Data = Data()
+    network: Network = Network()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    methods: _Names = METHODS
+    """What to compare: optimizers and additions joined by +, such as ewc+classp."""
+    method: tuple[str, ...] = ()
+    """Your own methods, compared too: NAME=package.module:factory."""
+    seeds: _Seeds = tuple(range(10))
     """One run of every method for each seed."""
-    out: str | None = None
-    """Folder for the results, by default runs/STREAM-SOURCE."""
+    settings: Settings = dataclasses.field(default_factory=dict)
+    """Numbers in place of the methods' own defaults."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SweepConfig(StreamConfig):
-    """Tune every method with the same number of tries, on validation data."""
-
-    range: tuple[str, ...] = ()
-    """What to draw a setting from, such as classp.learning_rate=1e-5:0.1."""
-    tries: int = 24
-    """Settings tried for each method."""
-    together: int = 8
-    """How many of them are proposed, and trained, at once."""
-    tuning_seeds: tuple[int, ...] = (1000, 1001)
-    """Seeds to tune on; none of the reported ones."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds that the configuration written will report."""
-    out: str | None = None
-    """Folder for the winners and the tries, by default runs/sweep-STREAM-SOURCE."""
-
-
-C = TypeVar("C", bound=StreamConfig)
-
-DEFAULTS = pathlib.Path(__file__).with_name("defaults.toml")
-"""The settings a run starts from: the winners of a sweep, with its command."""
-
-PRESETS = pathlib.Path(__file__).with_name("presets")
-"""Experiments ready to run, NAME.SIZE.toml, each with the winners of its sweep."""
-
-
-def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-    """Reads a TOML or JSON file of options.
-
-    A ``results.json`` will do: its configuration is taken.
-
-    Raises:
-      ConfigError: if the file is missing, is neither, or cannot be read.
-    """
-    path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold a table of options")
-    return content.get("configuration", content)
-
-
-def preset_sizes() -> dict[str, tuple[str, ...]]:
-    """The names of the presets, each with its sizes.
-
-    Example:
-      >>> preset_sizes()["phrasebank-imdb"]
-      ('paper', 'small')
-    """
-    sizes: dict[str, tuple[str, ...]] = {}
-    for path in sorted(PRESETS.glob("*.toml")):
-        name, _, size = path.stem.rpartition(".")
-        sizes[name] = (*sizes.get(name, ()), size)
-    return sizes
-
-
-def read_preset(name: str, size: str | None = None) -> dict[str, Any]:
-    """The options of a preset, with a folder for the results named after it.
+def read(path: str | pathlib.Path) -> Experiment:
+    """Reads an experiment from a TOML or JSON file.
 
     Args:
-      name: one of :func:`preset_sizes`.
-      size: one of its sizes; by default ``"small"``, or the only one.
+      path: the file; one that ends in ``.json`` is JSON, any other TOML.
 
     Raises:
-      ConfigError: for an unknown name or size.
+      ConfigError: if the file is missing or is neither, has a table or option that
+        does not exist, or a value that no experiment can have.
     """
-    sizes = preset_sizes()
-    if name not in sizes:
-        raise ConfigError(f"unknown preset {name!r}{nearest(name, sizes)}")
-    if size is None:
-        size = "small" if "small" in sizes[name] else sizes[name][0]
-    if size not in sizes[name]:
-        raise ConfigError(
-            f"preset {name!r} has no size {size!r}; it has {', '.join(sizes[name])}"
-        )
-    return read_config(PRESETS / f"{name}.{size}.toml") | {"out": f"runs/{name}-{size}"}
+    path = pathlib.Path(path)
+    kind = "JSON" if path.suffix == ".json" else "TOML"
+    decode = msgspec.json.decode if kind == "JSON" else msgspec.toml.decode
+    try:
+        content = decode(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
+    try:
+        return from_table(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def with_options(config: C, options: Mapping[str, Any]) -> C:
-    """A configuration with the options of a file.
+def from_table(content: Any) -> Experiment:
+    """The experiment of a nested table, as TOML and JSON hold it.
 
     Raises:
-      ConfigError: for an unknown option or a value of the wrong type.
+      ConfigError: as :func:`read`.
+
+    Example:
+      >>> from_table({"training": {"epochs": [3]}}).training.epochs
+      (3,)
     """
-    hints = typing.get_type_hints(type(config))
-    changes = {}
-    for name, value in options.items():
-        key = name.replace("-", "_")
-        if key not in hints:
-            raise ConfigError(f"unknown option {name!r}{nearest(key, hints)}")
-        changes[key] = _converted(name, value, hints[key])
-    return dataclasses.replace(config, **changes)
+    return _convert(_with_underscores(content), Experiment)
 
 
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    if hint == Settings:
-        if not isinstance(value, dict) or not all(
-            isinstance(table, dict)
-            and all(
-                isinstance(v, int | float) and not isinstance(v, bool)
-                for v in table.values()
-            )
-            for table in value.values()
-        ):
-            raise ConfigError(f"option {name!r} must hold a table of numbers a method")
-        return value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_converted(name, item, arguments[0]) for item in items)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"option {name!r} must be one of {', '.join(arguments)}")
-        return value
-    allowed = arguments or (hint,)
-    if type(value) in allowed:
-        return value
-    if float in allowed and type(value) is int:
-        return float(value)
-    if value is None and type(None) in allowed:
-        return None
-    names = " or ".join(t.__name__ for t in allowed if t is not type(None))
-    raise ConfigError(f"option {name!r} must be {names}, got {value!r}")
+def check(config: C) -> C:
+    """Gives the configuration back if an experiment can have its values.
+
+    Raises:
+      ConfigError: naming the first option that has a wrong value.
+    """
+    return _convert(_table(config), type(config))
 
 
-def check(config: StreamConfig) -> None:
-    """Raises ConfigError for a number that cannot be."""
-    at_least = {
-        "tasks": 1,
-        "batch_size": 1,
-        "points": 1,
-        "fisher_examples": 1,
-        "max_train": 1,
-        "text_length": 1,
-        "vocabulary_size": 3,
-        "width": 1,
-        "heads": 1,
-        "feed_forward": 1,
-        "tries": 1,
-        "together": 1,
+def write(experiment: Experiment, *, header: str = "") -> str:
+    """The experiment as TOML that :func:`read` reads.
+
+    Args:
+      experiment: what to write.
+      header: lines to stand first, as comments.
+    """
+    # TOML has no null: an option that is None is left out.
+    text = msgspec.toml.encode(_without_none(_table(experiment))).decode()
+    return "".join(f"# {line}\n" for line in header.splitlines()) + "\n" + text
+
+
+def folder_name(experiment: Experiment) -> str:
+    """A name for the folder of the results: a path's last part, and a short hash.
+
+    Experiments whose results can stand in one table share it; others do not.
+
+    Example:
+      >>> folder_name(Experiment())
+      'permuted-digits'
+      >>> folder_name(from_table({"data": {"source": ["npz:/data/letters.npz"]}}))
+      'permuted-letters-4be62a'
+    """
+    data = experiment.data
+    stems = [pathlib.PurePath(s.partition(":")[2] or s).stem for s in data.source]
+    name = re.sub(r"[^\w.-]+", "-", "-".join([data.stream, *stems]))[:60]
+    parts = _comparable(experiment)
+    if parts == _comparable(Experiment()):
+        return name
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return f"{name}-{digest[:6]}"
+
+
+def _comparable(experiment: Experiment) -> dict[str, Any]:
+    table = _table(experiment)
+    table["data"].pop("data_dir")
+    table["network"]["settings"] = experiment.settings.get("model", {})
+    return {name: table[name] for name in ("data", "network", "training", "evaluation")}
+
+
+def _table(config: Any) -> dict[str, Any]:
+    """Nested dicts of every option; msgspec itself leaves defaults out."""
+    return dataclasses.asdict(config)
+
+
+def _convert(table: Any, kind: type[C]) -> C:
+    if isinstance(table, Mapping):
+        _refuse_unknown(table, kind)
+    try:
+        config = msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_one_line(error, table)) from error
+    _check_finite(_table(config))
+    _check_together(config)
+    return config
+
+
+def _with_underscores(content: Any) -> Any:
+    """Options may be written as on the command line: ``batch-size``."""
+    if not isinstance(content, Mapping):
+        return content
+    sections = {str(k).replace("-", "_"): v for k, v in content.items()}
+    return {
+        name: {k.replace("-", "_"): v for k, v in value.items()}
+        if isinstance(value, Mapping) and name != "settings"
+        else value
+        for name, value in sections.items()
     }
-    for name, least in at_least.items():
-        value = getattr(config, name, None)
-        if value is not None and value < least:
-            raise ConfigError(f"{name.replace('_', '-')} must be >= {least}: {value}")
-    for name in ("epochs", "hidden"):
+
+
+def _refuse_unknown(table: Mapping[str, Any], kind: Any, where: str = "") -> None:
+    hints = typing.get_type_hints(kind)
+    for name, value in table.items():
+        if name not in hints:
+            what = "option" if where or not isinstance(value, Mapping) else "table"
+            raise ConfigError(f"unknown {what} {where}{name}{nearest(name, hints)}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[name]):
+            _refuse_unknown(value, hints[name], f"{name}.")
+        if isinstance(value, Mapping) and name == "settings":
+            _check_settings(value)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for owner, values in settings.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"settings.{owner} must be a table, got {values!r}")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(
+                    f"settings.{owner}.{name} must be a number, got {value!r}"
+                )
+
+
+_PLAIN = {"`object`": "a table", "`array`": "a list", "`": ""}
+
+
+def _one_line(error: Exception, table: Any) -> str:
+    """The library's message in the words of a file, with the value that is wrong."""
+    message, _, path = str(error).partition(" - at `$")
+    for word, plain in _PLAIN.items():
+        message = message.replace(word, plain)
+    path = path.rstrip("`").removeprefix(".")
+    value = table
+    for key, index in re.findall(r"(\w+)|\[(\d+)\]", path):
+        value = value[key] if key else value[int(index)]
+    message = message[0].lower() + message[1:]
+    return f"{path} = {json.dumps(value)}: {message}" if path else message
+
+
+def _check_finite(value: Any, where: str = "") -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_finite(inner, f"{where}.{name}" if where else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_finite(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be finite: {value}")
+
+
+def _check_together(config: Any) -> None:
+    """What no type can say: values that must differ or go together."""
+    if not isinstance(config, Experiment):
+        return
+    for name in ("methods", "seeds"):
         values = getattr(config, name)
-        if not values or min(values) < 1:
-            raise ConfigError(f"{name} must be numbers >= 1: {values}")
-    for name in ("seeds", "tuning_seeds", "methods", "source"):
-        values = getattr(config, name, ("-",))
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name.replace('_', '-')} must be named once each")
-    for name in ("seeds", "tuning_seeds"):
-        if min(getattr(config, name, (0,))) < 0:
-            raise ConfigError(f"{name.replace('_', '-')} must be >= 0")
-    words = "[0, 1)" if isinstance(config, RunConfig) else "(0, 1)"
-    none_held_out = config.validation_fraction == 0 and isinstance(config, RunConfig)
-    if not (none_held_out or 0 < config.validation_fraction < 1):
+        twice = [v for i, v in enumerate(values) if v in values[:i]]
+        if twice:
+            raise ConfigError(f"{name} names {twice[0]!r} twice")
+    scale = config.training.normalisation
+    if scale and not (len(scale) == 2 and scale[1] > 0):
         raise ConfigError(
-            f"validation-fraction must be in {words}: {config.validation_fraction}"
+            f"training.normalisation must be a mean and a deviation > 0: {list(scale)}"
         )
-    if config.until_loss and not min(config.until_loss) > 0:
-        raise ConfigError(f"until-loss must be > 0: {config.until_loss}")
-    if len(config.normalisation) not in (0, 2) or (
-        config.normalisation
-        and not (
-            math.isfinite(sum(config.normalisation)) and config.normalisation[1] > 0
-        )
-    ):
-        raise ConfigError(
-            f"normalisation must be a mean and a deviation > 0: {config.normalisation}"
-        )
-    if config.lr is not None and not config.lr >= 0:
-        raise ConfigError(f"lr must be >= 0: {config.lr}")
+    _refuse_ignored(config)
 
 
-def _assignments(option: str, texts: Sequence[str], form: str) -> Iterator[Any]:
-    """``(owner, name, [numbers])`` of every OWNER.NAME=NUMBER:NUMBER."""
-    for text in texts:
-        left, equals, value = text.partition("=")
-        owner, dot, name = left.rpartition(".")
-        try:
-            if not (equals and dot):
-                raise ValueError
-            numbers = [float(number) for number in value.split(":")]
-            if len(numbers) != form.count("NUMBER"):
-                raise ValueError
-        except ValueError as error:
-            raise ConfigError(f"{option} takes {form}, got {text!r}") from error
-        yield owner, name.replace("-", "_"), numbers
+def _refuse_ignored(config: Experiment) -> None:
+    """Raises ConfigError for an option that this stream or network does not read."""
+    stream, model = config.data.stream, config.network.model
+    read_by = {
+        ("data", "tasks"): stream != "sequence",
+        ("data", "scenario"): stream == "split",
+        ("network", "initialisation"): model in ("mlp", "cnn"),
+        ("network", "hidden"): model == "mlp",
+        ("network", "width"): model == "transformer",
+        ("network", "heads"): model == "transformer",
+        ("network", "feed_forward"): model == "transformer",
+    }
+    for (section, name), is_read in read_by.items():
+        value = getattr(getattr(config, section), name)
+        default = getattr(getattr(Experiment(), section), name)
+        if not is_read and value != default:
+            owner = f"stream {stream!r}" if section == "data" else f"model {model!r}"
+            raise ConfigError(f"{section}.{name} says nothing to the {owner}")
+    if stream != "sequence" and len(config.data.source) > 1:
+        raise ConfigError(f"the stream {stream!r} takes one source; sequence, several")
 
 
-def command_line_settings(config: StreamConfig) -> Settings:
-    """What ``--set`` and ``--lr`` ask for."""
-    settings: Settings = {}
-    form = "METHOD.SETTING=NUMBER"
-    for owner, name, (value,) in _assignments("--set", config.set, form):
-        settings.setdefault(owner, {})[name] = value
-    if config.lr is not None:
-        for name in config.methods:
-            settings.setdefault(name, {}).setdefault("learning_rate", config.lr)
-    return settings
-
-
-def command_line_ranges(config: SweepConfig) -> dict[str, dict[str, Setting]]:
-    """What ``--range`` asks for."""
-    ranges: dict[str, dict[str, Setting]] = {}
-    form = "METHOD.SETTING=NUMBER:NUMBER"
-    for owner, name, (low, high) in _assignments("--range", config.range, form):
-        if not 0 < low <= high:
-            raise ConfigError(f"--range needs 0 < low <= high: {low:g}:{high:g}")
-        ranges.setdefault(owner, {})[name] = Setting(low, low, high)
-    return ranges
-
-
-def check_owners(option: str, asked: Iterable[str], methods: Sequence[Method]) -> None:
-    """Raises ConfigError for settings of a method that does not take part."""
-    known = {m.name for m in methods}
-    known |= {part for m in methods for part in (m.optimizer, *m.additions)}
-    for owner in asked:
-        if owner not in known:
-            raise ConfigError(f"{option} names {owner!r}{nearest(owner, known)}")
-
-
-def methods_and_settings(
-    config: StreamConfig,
-) -> list[tuple[Method, dict[str, float]]]:
-    """The methods asked for, each with its resolved settings.
-
-    The package's defaults come first, then the file's settings, then ``--lr`` and
-    ``--set``.
-
-    Raises:
-      ValueError: for an unknown method, or a setting that it does not have.
-    """
-    defaults = read_config(DEFAULTS).get("settings", {})
-    asked = command_line_settings(config)
-    methods = [parse_method(name) for name in config.methods]
-    check_owners("--set", asked, methods)
-    return [(m, resolve_settings(m, defaults, config.settings, asked)) for m in methods]
-
-
-def make_streams(config: StreamConfig, seeds: Sequence[int]) -> list[Stream]:
-    """One stream a seed: its permutation or class order, and its validation split."""
-    sources = [
-        load_sources(
-            name,
-            seeds,
-            data_dir=config.data_dir,
-            validation_fraction=config.validation_fraction,
-        )
-        for name in config.source
-    ]
-    return [
-        make_stream(
-            config.stream,
-            of_one_seed,
-            num_tasks=config.tasks,
-            scenario=config.scenario,
-            seed=seed,
-            max_train=config.max_train,
-            text_length=config.text_length,
-            vocabulary_size=config.vocabulary_size,
-        )
-        for seed, of_one_seed in zip(seeds, zip(*sources, strict=True), strict=True)
-    ]
-
-
-def make_network(config: StreamConfig, streams: Sequence[Stream]) -> Model:
-    """The network for streams that are alike but for their data."""
-    return make_model(
-        config.model,
-        streams[0].tasks[0].train.x.shape[1:],
-        streams[0].num_classes,
-        hidden=config.hidden,
-        # Seeds hold out other texts for validation, so their vocabularies differ.
-        vocabulary_size=max(stream.vocabulary_size for stream in streams),
-        width=config.width,
-        heads=config.heads,
-        feed_forward=config.feed_forward,
-        initialisation=config.initialisation,
-    )
-
-
-def training(config: StreamConfig, *, evaluate_on: str = "test") -> Training:
-    """The part of a configuration that the training loop reads."""
-    return Training(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        points_per_task=config.points,
-        fisher=config.fisher,
-        fisher_examples=config.fisher_examples,
-        evaluate_on=evaluate_on,
-        order=config.order,
-        normalisation=config.normalisation,
-        until_loss=config.until_loss,
-        score_training=config.score_training,
-    )
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value

@@ -1,163 +1,27 @@
-"""Flax NNX networks behind a pure ``init`` and ``apply`` pair."""
+"""Networks behind a pure pair ``init`` and ``apply``: by name, or the user's own."""
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 from classp_jax.continual._names import nearest
-
-Params = Any
-"""A nested dict of float32 arrays."""
-
-
-class Model(NamedTuple):
-    """A network as two pure functions."""
-
-    name: str
-    init: Callable[[jax.Array], Params]
-    """``init(key)``: the parameters, a nested dict of float32 arrays."""
-    apply: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
-    """``apply(params, inputs, key)``: logits ``[batch, num_classes]``. With a key the
-    network trains (dropout is drawn from it), with None it is evaluated."""
-    convolutional: bool
-    """Whether it convolves: XLA runs a convolution inside a loop, or with a batch of
-    kernels, some 20 times slower on a CPU than a plain one."""
-
-
-class _MLP(nnx.Module):
-    def __init__(self, sizes: Sequence[int], rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)]
-        )
-
-    def __call__(self, x: jax.Array, dropout: nnx.Rngs | None) -> jax.Array:
-        del dropout
-        x = x.reshape(x.shape[0], -1)
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
-
-
-def _max_pool_2x2(x: jax.Array) -> jax.Array:
-    """Max-pooling by a maximum over reshaped axes.
-
-    The gradient of ``reduce_window`` is a select-and-scatter, which takes half of a
-    small network's training step on a CPU.
-    """
-    n, h, w, c = x.shape
-    x = x[:, : h // 2 * 2, : w // 2 * 2]
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
-
-
-class _CNN(nnx.Module):
-    """The network of the CLASSP paper's vision experiment."""
-
-    def __init__(self, shape: Sequence[int], num_classes: int, rngs: nnx.Rngs):
-        height, width, channels = shape
-        self.first = nnx.Conv(channels, 32, (3, 3), padding="VALID", rngs=rngs)
-        self.second = nnx.Conv(32, 64, (3, 3), padding="VALID", rngs=rngs)
-        flat = ((height - 4) // 2) * ((width - 4) // 2) * 64
-        self.hidden = nnx.Linear(flat, 128, rngs=rngs)
-        self.output = nnx.Linear(128, num_classes, rngs=rngs)
-        # One draw for a whole channel, as in PyTorch's Dropout2d.
-        self.channel_dropout = nnx.Dropout(0.25, broadcast_dims=(1, 2))
-        self.dropout = nnx.Dropout(0.5)
-
-    def __call__(self, x: jax.Array, dropout: nnx.Rngs | None) -> jax.Array:
-        off = dropout is None
-        x = nnx.relu(self.first(x))
-        x = _max_pool_2x2(nnx.relu(self.second(x)))
-        x = self.channel_dropout(x, deterministic=off, rngs=dropout)
-        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
-        x = self.dropout(x, deterministic=off, rngs=dropout)
-        return self.output(x)
-
-
-class _Transformer(nnx.Module):
-    """One post-norm encoder layer over token and position embeddings, mean-pooled."""
-
-    def __init__(
-        self,
-        vocabulary_size: int,
-        length: int,
-        num_classes: int,
-        rngs: nnx.Rngs,
-        *,
-        width: int,
-        heads: int,
-        feed_forward: int,
-    ):
-        self.tokens = nnx.Embed(vocabulary_size, width, rngs=rngs)
-        self.positions = nnx.Embed(length, width, rngs=rngs)
-        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(3)])
-        self.attention = nnx.MultiHeadAttention(
-            heads, width, decode=False, rngs=rngs, keep_rngs=False
-        )
-        self.widen = nnx.Linear(width, feed_forward, rngs=rngs)
-        self.narrow = nnx.Linear(feed_forward, width, rngs=rngs)
-        self.output = nnx.Linear(width, num_classes, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1)
-
-    def __call__(self, x: jax.Array, dropout: nnx.Rngs | None) -> jax.Array:
-        off = dropout is None
-        real = x > 0
-        h = self.tokens(x) + self.positions(jnp.arange(x.shape[1]))[None]
-        h = self.norms[0](h)
-        attended = self.attention(h, mask=real[:, None, None, :])
-        attended = self.dropout(attended, deterministic=off, rngs=dropout)
-        h = self.norms[1](h + attended)
-        widened = self.narrow(nnx.relu(self.widen(h)))
-        widened = self.dropout(widened, deterministic=off, rngs=dropout)
-        h = self.norms[2](h + widened)
-        weight = real.astype(h.dtype)[..., None]
-        mean = jnp.sum(h * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
-        return self.output(mean)
-
-
-def _uniform(params: Params, key: jax.Array) -> Params:
-    """Weights and biases from ``U(-b, b)`` with ``b = 1 / sqrt(fan-in)``."""
-    names = sorted(params)
-    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    if "kernel" not in params:
-        return {name: _uniform(params[name], keys[name]) for name in names}
-    bound = math.prod(params["kernel"].shape[:-1]) ** -0.5
-    return {
-        name: jax.random.uniform(
-            keys[name], params[name].shape, minval=-bound, maxval=bound
-        )
-        for name in names
-    }
-
-
-def _pure(
-    name: str,
-    make: Callable[[nnx.Rngs], nnx.Module],
-    *,
-    convolutional: bool = False,
-    initialisation: str = "flax",
-) -> Model:
-    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
-    graph, state = nnx.split(abstract, nnx.Param)
-    structure = jax.tree.structure(state)
-
-    def init(key: jax.Array) -> Params:
-        _, params = nnx.split(make(nnx.Rngs(params=key)), nnx.Param)
-        params = nnx.to_pure_dict(params)
-        return _uniform(params, key) if initialisation == "pytorch" else params
-
-    def apply(params: Params, inputs: jax.Array, key: jax.Array | None) -> jax.Array:
-        # NNX's state has the same leaves in the same order as its pure dict.
-        module = nnx.merge(graph, structure.unflatten(jax.tree.leaves(params)))
-        dropout = None if key is None else nnx.Rngs(dropout=key)
-        return module(inputs, dropout)  # pyright: ignore[reportCallIssue]
-
-    return Model(name, init, apply, convolutional)
-
+from classp_jax.continual.adapters import (
+    MAX_PARAMETERS,
+    Model,
+    Params,
+    batched,
+    check_parameters,
+    from_linen,
+    from_nnx,
+    from_pair,
+    traced,
+)
+from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.networks import CNN, MLP, Transformer
 
 MODELS = {
     "mlp": "fully connected ReLU network, --hidden names its widths",
@@ -165,8 +29,92 @@ MODELS = {
     "transformer": "one encoder layer over 30 tokens, for text",
 }
 
-
 INITIALISATIONS = ("flax", "pytorch")
+
+
+def as_model(
+    model: Any, example: Any, num_classes: int, *, name: str | None = None, **options
+) -> Model:
+    """Any network as a :class:`Model`, checked against the inputs and the classes.
+
+    Args:
+      model: one of
+
+        - a function that takes ``rngs`` (an ``nnx.Rngs``) and returns a Flax NNX
+          module, for example ``lambda rngs: MyModule(rngs=rngs)``. The module is called
+          with the inputs. Its dropout is on in training and off in evaluation, whether
+          its layers hold their own ``rngs``, or its ``__call__`` has an argument
+          ``rngs`` (an ``nnx.Rngs`` in training, None in evaluation), ``deterministic``,
+          ``train`` or ``training``;
+        - a Flax Linen module, with the same arguments for dropout;
+        - a pair ``(init, apply)`` of ``init(key)`` and ``apply(params, inputs)`` or
+          ``apply(params, inputs, key)``, where the key is None in evaluation;
+        - a :class:`Model`, or one of the names in ``MODELS``.
+      example: one input without a batch axis, or anything with its ``shape`` and
+        ``dtype``. Signed integers are tokens; everything else becomes float32.
+      num_classes: how many logits the network must return for each input.
+      name: stands in results and error messages; by default the model's own.
+      **options: for :func:`make_model`, where ``model`` is a name.
+
+    Returns:
+      A :class:`Model`. What an NNX module holds beside its parameters and only reads, a
+      table of positions for example, is fixed, and the same for every seed.
+
+    Raises:
+      ContinualError: in one line, if the network cannot read such inputs, its logits
+        are not ``[batch, num_classes]``, a parameter is not of a floating-point dtype,
+        it has more than ``MAX_PARAMETERS``, or it changes state beside its parameters
+        while it runs, as batch normalisation does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> class Linear(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layer = nnx.Linear(64, 10, rngs=rngs)
+      ...
+      ...     def __call__(self, x):
+      ...         return self.layer(x.reshape(x.shape[0], -1))
+      >>> model = as_model(lambda rngs: Linear(rngs), jnp.zeros((8, 8, 1)), 10)
+      >>> params = model.init(jax.random.key(0))
+      >>> model.apply(params, jnp.zeros((5, 8, 8, 1)), None).shape
+      (5, 10)
+    """
+    if isinstance(model, str):
+        tokens = jnp.issubdtype(example.dtype, jnp.signedinteger)
+        if model in MODELS and tokens != (model == "transformer"):
+            raise ContinualError(
+                f"model {model!r} reads {'images' if tokens else 'text'}, "
+                f"the data is {'text' if tokens else 'images'}"
+            )
+        made = make_model(model, example.shape, num_classes, **options)
+        return made._replace(name=name or model)
+    if options:
+        raise ContinualError(f"{', '.join(options)}: only for models that have a name")
+    inputs = _example_batch(example)
+    if isinstance(model, Model):
+        made = model
+    elif isinstance(model, linen.Module):
+        made = from_linen(model, name or type(model).__name__, inputs)
+    elif isinstance(model, nnx.Module):
+        raise ContinualError(
+            f"a {type(model).__name__} has its weights already: pass a function that "
+            f"makes one, lambda rngs: {type(model).__name__}(..., rngs=rngs)"
+        )
+    elif isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
+        made = from_pair(*model, name or "own")
+    elif callable(model):
+        made = from_nnx(model, name or getattr(model, "__name__", "own"))
+    else:
+        raise ContinualError(
+            "a model is a name, a function of rngs that returns an nnx.Module, a "
+            f"linen.Module or a pair (init, apply), got {type(model).__name__}"
+        )
+    if name is not None:
+        made = made._replace(name=name)
+    _check(made, inputs, num_classes)
+    return made
 
 
 def make_model(
@@ -202,7 +150,8 @@ def make_model(
       tokens with 0 for padding.
 
     Raises:
-      ValueError: for an unknown name, or a model that cannot read such inputs.
+      ContinualError: for an unknown name, a model that cannot read such inputs, a size
+        below 1, or more than ``MAX_PARAMETERS``.
 
     Example:
       >>> import jax
@@ -214,42 +163,37 @@ def make_model(
       (5, 10)
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}")
+        raise ContinualError(f"unknown model {name!r}{nearest(name, MODELS)}")
     if initialisation not in INITIALISATIONS:
-        raise ValueError(
+        raise ContinualError(
             f"unknown initialisation {initialisation!r}"
             f"{nearest(initialisation, INITIALISATIONS)}"
         )
-    shape = tuple(input_shape)
-    if (name == "transformer") != (len(shape) == 1):
-        wanted = "text" if name == "transformer" else "images"
-        raise ValueError(f"model {name!r} reads {wanted}, got inputs of shape {shape}")
-    if name == "mlp":
-        size = 1
-        for axis in shape:
-            size *= axis
-        sizes = (size, *hidden, num_classes)
-        return _pure(
-            name, lambda rngs: _MLP(sizes, rngs), initialisation=initialisation
-        )
-    if name == "cnn":
-        if len(shape) != 3 or min(shape[:2]) < 6:
-            raise ValueError(f"model 'cnn' needs images of at least 6x6, got {shape}")
-        return _pure(
-            name,
-            lambda rngs: _CNN(shape, num_classes, rngs),
-            convolutional=True,
-            initialisation=initialisation,
-        )
-    if initialisation != "flax":
-        raise ValueError(
+    if name == "transformer" and initialisation != "flax":
+        raise ContinualError(
             f"initialisation {initialisation!r} is for the models 'mlp' and 'cnn'"
         )
-    if width % heads:
-        raise ValueError(f"width {width} is not a multiple of heads {heads}")
-    return _pure(
-        name,
-        lambda rngs: _Transformer(
+    shape = tuple(input_shape)
+    if name == "transformer" and len(shape) != 1:
+        raise ContinualError(f"model 'transformer' reads text, got inputs of {shape}")
+    if name == "cnn" and (len(shape) != 3 or min(shape[:2]) < 6):
+        raise ContinualError(f"model 'cnn' needs images of at least 6x6, got {shape}")
+    if name == "mlp":
+        sizes = (math.prod(shape), *hidden, num_classes)
+        _check_sizes(hidden=hidden)
+        make = lambda rngs: MLP(sizes, rngs)  # noqa: E731
+    elif name == "cnn":
+        make = lambda rngs: CNN(shape, num_classes, rngs)  # noqa: E731
+    else:
+        _check_sizes(
+            vocabulary_size=[vocabulary_size],
+            width=[width],
+            heads=[heads],
+            feed_forward=[feed_forward],
+        )
+        if width % heads:
+            raise ContinualError(f"width {width} is not a multiple of heads {heads}")
+        make = lambda rngs: Transformer(  # noqa: E731
             vocabulary_size,
             shape[0],
             num_classes,
@@ -257,5 +201,67 @@ def make_model(
             width=width,
             heads=heads,
             feed_forward=feed_forward,
-        ),
+        )
+    model = from_nnx(make, name, plain_arrays=False)
+    if initialisation == "pytorch":
+        flax_init = model.init
+        model = model._replace(init=lambda key: _uniform(flax_init(key), key))
+    return model
+
+
+def _check_sizes(**sizes: Sequence[int]) -> None:
+    for name, values in sizes.items():
+        for value in values:
+            if not 1 <= value <= MAX_PARAMETERS // 1000:
+                raise ContinualError(
+                    f"{name} must be between 1 and {MAX_PARAMETERS // 1000:,}, "
+                    f"got {value}"
+                )
+
+
+def _uniform(params: Params, key: jax.Array) -> Params:
+    """Weights and biases from ``U(-b, b)`` with ``b = 1 / sqrt(fan-in)``."""
+    names = sorted(params)
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    if "kernel" not in params:
+        return {name: _uniform(params[name], keys[name]) for name in names}
+    bound = math.prod(params["kernel"].shape[:-1]) ** -0.5
+    return {
+        name: jax.random.uniform(
+            keys[name], params[name].shape, minval=-bound, maxval=bound
+        )
+        for name in names
+    }
+
+
+def _example_batch(example: Any) -> jax.ShapeDtypeStruct:
+    """Three examples: a batch whose size is not mistaken for anything else's."""
+    tokens = jnp.issubdtype(example.dtype, jnp.signedinteger)
+    return jax.ShapeDtypeStruct(
+        (3, *example.shape), jnp.int32 if tokens else jnp.float32
     )
+
+
+def _check(model: Model, inputs: jax.ShapeDtypeStruct, num_classes: int) -> None:
+    params = check_parameters(model.name, model.init)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for mode in (None, key):
+        logits = traced(model.name, inputs, model.apply, params, inputs, mode)
+        start = f"model {model.name!r} returns"
+        if not isinstance(logits, jax.ShapeDtypeStruct):
+            raise ContinualError(f"{start} a {type(logits).__name__}, not an array")
+        if len(logits.shape) != 2 or logits.shape[0] != inputs.shape[0]:
+            shape = batched(logits.shape)
+            if logits.shape[:1] != inputs.shape[:1]:
+                shape = str(list(logits.shape)) + " for a batch of 3"
+            raise ContinualError(
+                f"{start} an array of shape {shape}: "
+                f"logits must be [batch, {num_classes}]"
+            )
+        if logits.shape[1] != num_classes:
+            raise ContinualError(
+                f"{start} {logits.shape[1]} logits for each input: "
+                f"there are {num_classes} classes"
+            )
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ContinualError(f"{start} logits of dtype {logits.dtype}, not floats")

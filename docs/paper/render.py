@@ -1,20 +1,21 @@
 """Writes docs/paper.md from its template and the stored results, and its picture.
 
-Run ``python docs/paper/render.py`` (extra ``continual``). No number of the page is
-typed: what stands between double braces in ``paper.template.md`` is evaluated here.
+Run ``python docs/paper/render.py`` (extra ``dev``). No number of the page is typed:
+``paper.template.md`` is a Jinja2 template that calls the functions below.
 """
 
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
 from classp_jax.continual.results import Results, Run, load
+from classp_jax.continual.results.statistics import paired_difference
 
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parent / "paper.md"
@@ -27,10 +28,18 @@ def results(name: str) -> Results:
     return load(FOLDER / name)
 
 
-@functools.cache
-def study(stream: str) -> dict[str, Any]:
-    """The stored study of a stream."""
-    return json.loads((FOLDER / f"study-{stream}.json").read_text(encoding="utf-8"))
+def date(name: str) -> str:
+    """The days on which the runs of a preset were made."""
+    days = sorted({run.provenance.date[:10] for run in results(name).runs})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def seeds(name: str) -> str:
+    """The seeds of a preset's runs."""
+    found = sorted({run.seed for run in results(name).runs})
+    if found == list(range(found[-1] + 1)) and len(found) > 2:
+        return f"{found[0]} to {found[-1]}"
+    return ", ".join(map(str, found))
 
 
 def of(name: str, method: str) -> list[Run]:
@@ -98,11 +107,19 @@ def two_tasks(name: str, first: str, second: str) -> str:
                 acc(name, method, 0),
                 acc(name, method, 1),
                 acc(name, method),
-                "yes" if run.told_boundary else "no",
+                against(name, method),
+                "yes" if run.task_boundary_known else "no",
             ]
 
     return table(
-        ["Method", f"{first} after {second}", second, "Average", "Told of boundary"],
+        [
+            "Method",
+            f"{first} after {second}",
+            second,
+            "Average",
+            "against `classp`",
+            "Task boundary known",
+        ],
         rows(),
     )
 
@@ -143,12 +160,12 @@ def as_scripts(method: str, what: str | int) -> np.ndarray:
 def streams_table(names: dict[str, str], chosen: Sequence[str]) -> str:
     """Average accuracy of several methods on several streams."""
     return table(
-        ["Method", *names.values(), "Told of boundary"],
+        ["Method", *names.values(), "Task boundary known"],
         (
             [
                 f"`{method}`",
                 *(acc(n, method) if method in methods(n) else "-" for n in names),
-                "yes" if of(next(iter(names)), method)[0].told_boundary else "no",
+                "yes" if of(next(iter(names)), method)[0].task_boundary_known else "no",
             ]
             for method in chosen
         ),
@@ -170,6 +187,11 @@ def memory(name: str) -> str:
     )
 
 
+def study(stream: str) -> str:
+    """Where the study of a stream is stored."""
+    return f"study-{stream}"
+
+
 def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
     """A table of the study: every variant on every stream."""
     titles = {
@@ -179,47 +201,48 @@ def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
         "last": "last task",
         "density": "density",
     }
-
-    def cell(stream: str, variant: str, key: str) -> str:
-        if variant not in study(stream):
-            return "-"
-        value = study(stream)[variant][key]
-        return (
-            f"{100 * value:.1f}"
-            if key == "validation"
-            else (spread(100 * np.array(value)))
-        )
-
     return table(
         ["Variant", *(f"{s}: {titles[k]}" for s in streams for k in keys)],
-        ([v, *(cell(s, v, k) for s in streams for k in keys)] for v in chosen),
+        ([v, *(variant(s, v, k) for s in streams for k in keys)] for v in chosen),
     )
 
 
-def var(stream: str, variant: str, key: str = "average") -> str:
-    """Mean ± sd of a variant on a stream, in %."""
-    return spread(100 * np.atleast_1d(study(stream)[variant][key]))
+def variant(stream: str, name: str, key: str = "average") -> str:
+    """One number of a variant, in %: mean and deviation over seeds, or the best trial.
+
+    A dash is a variant that was not run on this stream.
+    """
+    if name not in methods(study(stream)):
+        return "-"
+    if key == "validation":
+        return best_trial(study(stream), name)
+    return spread(variant_values(stream, name, key))
 
 
-def var_mean(stream: str, variant: str, key: str = "average") -> float:
-    """The mean of a variant on a stream, in %."""
-    return float(100 * np.mean(study(stream)[variant][key]))
+def variant_values(stream: str, name: str, key: str = "average") -> np.ndarray:
+    """One number a seed, in %."""
+    if key == "density":
+        runs = of(study(stream), name)
+        return np.array([100 * np.mean(run.update_density) for run in runs])
+    what: dict[str, str | int] = {"average": "average", "first": 0, "last": -1}
+    return values(study(stream), name, what[key])
 
 
 BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
 
 
 @functools.cache
-def tries(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The stored tries of a preset's sweep, by method."""
-    return json.loads((FOLDER / name / "tries.json").read_text(encoding="utf-8"))
+def trials(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The stored trials of a preset's sweep or of a study, by method."""
+    path = FOLDER / name / "trials.json"
+    return json.loads(path.read_text(encoding="utf-8"))["trials"]
 
 
 def best_by_epsilon(name: str) -> list[float]:
     """CLASSP's best validation accuracy in each range of epsilon, in %."""
-    made = tries(name)["classp"]
+    made = trials(name)["classp"]
     found = [
-        [t["accuracy"] for t in made if low <= t["settings"]["eps"] < high]
+        [t["score"] for t in made if low <= t["settings"]["eps"] < high]
         for low, high in BUCKETS
     ]
     return [100 * max(accuracies, default=np.nan) for accuracies in found]
@@ -238,13 +261,13 @@ def epsilons(names: Sequence[str]) -> str:
 
 
 def chance() -> str:
-    """How well CLASSP's tries with a small epsilon and a usual rate do on the CNN."""
+    """How CLASSP's trials with a small epsilon and a usual rate do on the CNN."""
     found = [
-        100 * t["accuracy"]
-        for t in tries("mnist-fashion")["classp"]
+        100 * t["score"]
+        for t in trials("mnist-fashion")["classp"]
         if t["settings"]["eps"] < 0.01 and t["settings"]["learning_rate"] > 0.01
     ]
-    return f"{min(found):.1f} to {max(found):.1f} %"
+    return f"{min(found):.1f} to {max(found):.1f} %" if found else "no trial"
 
 
 def worst_loss(names: Sequence[str]) -> np.ndarray:
@@ -253,21 +276,38 @@ def worst_loss(names: Sequence[str]) -> np.ndarray:
     return np.nanmax(np.nanmax(rows, axis=1, keepdims=True) - rows, axis=0)
 
 
-def gap(variant: str) -> float:
+def gap(name: str) -> float:
     """How much less a variant of the ablations has than CLASSP without a threshold."""
     stream = "permuted-digits"
-    return var_mean(stream, "no threshold") - var_mean(stream, variant)
+    without = np.mean(variant_values(stream, "no threshold"))
+    return float(without - np.mean(variant_values(stream, name)))
 
 
-def best_try(name: str, method: str) -> str:
-    """The best validation accuracy of a method's tries, in %."""
-    return f"{100 * max(t['accuracy'] for t in tries(name)[method]):.1f}"
+def best_trial(name: str, method: str) -> str:
+    """The best validation accuracy of a method's trials, in %."""
+    return f"{100 * max(t['score'] for t in trials(name)[method]):.1f}"
 
 
-def lost_tries(name: str, method: str) -> str:
-    """How many of a method's tries diverged."""
-    made = tries(name)[method]
-    return f"{sum(t['accuracy'] == 0 for t in made)} of {len(made)}"
+def lost_trials(name: str, method: str) -> str:
+    """How many of a method's trials diverged."""
+    made = trials(name)[method]
+    return f"{sum(t['score'] == 0 for t in made)} of {len(made)}"
+
+
+def against(name: str, method: str, reference: str = "classp") -> str:
+    """The paired difference of two methods in points, with its 95 % interval."""
+    if method == reference:
+        return "reference"
+    by_seed = [
+        dict(zip((r.seed for r in of(name, m)), values(name, m), strict=True))
+        for m in (method, reference)
+    ]
+    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+    found = paired_difference(*([numbers[s] for s in shared] for numbers in by_seed))
+    if np.isnan(found.mean):
+        return "-"
+    half = (found.high - found.low) / 2
+    return f"{found.mean:+.1f} ± {half:.1f}, {found.word}"
 
 
 def prior_of(name: str) -> str:
@@ -277,13 +317,13 @@ def prior_of(name: str) -> str:
 
 
 def render(template: str) -> str:
-    """The page: every expression between double braces in its place."""
-
-    def value(match: re.Match[str]) -> str:
-        found = eval(match.group(1), globals())
-        return f"{found:.1f}" if isinstance(found, float) else str(found)
-
-    return re.sub(r"\{\{(.+?)\}\}", value, template, flags=re.DOTALL)
+    """The page: every call between double braces in its place."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=lambda value: f"{value:.1f}" if isinstance(value, float) else value,
+    )
+    return environment.from_string(template).render(globals())
 
 
 def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
@@ -293,12 +333,10 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
     for stream, axes in zip(
         streams, figure.subplots(1, len(streams), squeeze=False)[0], strict=True
     ):
-        for i, variant in enumerate(chosen):
-            if variant not in study(stream):
+        for i, name in enumerate(chosen):
+            if name not in methods(study(stream)):
                 continue
-            x, y = (
-                100 * np.array(study(stream)[variant][k]) for k in ("first", "last")
-            )
+            x, y = (variant_values(stream, name, k) for k in ("first", "last"))
             axes.errorbar(
                 x.mean(),
                 y.mean(),
@@ -308,7 +346,7 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
                 linestyle="none",
                 elinewidth=0.8,
                 color=f"C{i % 10}",
-                label=variant,
+                label=name,
             )
         axes.set_title(stream)
         axes.set_xlabel("test accuracy on the first task at the end (%)")
@@ -340,10 +378,7 @@ ABLATIONS = (
 REMEDIES = (
     "no threshold",
     "power 0.5 to 1.5",
-    "prior",
     "own prior",
-    "share",
-    "prior and share",
     "eps times fan-in",
     "rate over fan-in",
     "bound",

@@ -1,0 +1,1 @@
+"""Data of an experiment: readers, and the streams of tasks that are made of them."""

@@ -1,0 +1,13 @@
+"""The errors that a user can cause; every message is one line."""
+
+
+class ContinualError(ValueError):
+    """Something that was asked for does not work; the message is one line.
+
+    It says what is wrong, where, and what to do. The command line prints the message
+    alone; any other exception is a fault of the library and keeps its traceback.
+    """
+
+
+class DataError(ContinualError):
+    """Data that is missing, damaged or does not fit what is to be made of it."""

@@ -1,0 +1,117 @@
+"""What to do with metrics while training goes on: a CSV file, TensorBoard.
+
+``run(..., on_metrics=writer)`` calls ``writer(record)`` for each seed at each
+evaluation. A record is a flat dictionary with ``method``, ``seed``, ``task`` (from 0),
+``step`` and the metrics of that point by name, such as ``{"method": "sgd", "seed": 0,
+"task": 1, "step": 40, "loss": 0.3, "test_accuracy/task_1": 0.9}``; whatever else is no
+number, such as ``settings``, is left out of both.
+"""
+
+import contextlib
+import csv
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from classp_jax.continual.results.errors import ResultsError
+
+_KEYS = ("method", "seed", "task", "step")
+
+OnMetrics = Callable[[Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
+    """Appends metrics to a CSV file, one line per metric, as they come.
+
+    The columns are ``method, seed, task, step, metric, value``. Each record is written
+    out at once, so that a killed run leaves its metrics.
+
+    Args:
+      path: the file; its folder is made if need be. Lines are added to one that exists.
+
+    Raises:
+      ResultsError: if the file cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with csv_writer(f"{folder}/metrics.csv") as writer:
+      ...         writer(dict(method="sgd", seed=0, task=1, step=40, loss=0.5))
+      ...     print(pathlib.Path(folder, "metrics.csv").read_text())
+      method,seed,task,step,metric,value
+      sgd,0,1,40,loss,0.5
+      <BLANKLINE>
+    """
+    path = pathlib.Path(path)
+    with _one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            if file.tell() == 0:
+                lines.writerow([*_KEYS, "metric", "value"])
+
+            def write(record: Mapping[str, Any]) -> None:
+                with _one_line(path):
+                    keys = [record.get(key, "") for key in _KEYS]
+                    lines.writerows([*keys, *item] for item in _metrics(record).items())
+                    file.flush()
+
+            yield write
+
+
+@contextlib.contextmanager
+def tensorboard_writer(folder: str | os.PathLike[str]) -> Iterator[OnMetrics]:
+    """Writes metrics for TensorBoard, one of its runs per method and seed.
+
+    Args:
+      folder: what ``tensorboard --logdir`` is given.
+
+    Raises:
+      ResultsError: if tensorboardX is not installed, or a file cannot be written.
+    """
+    try:
+        import tensorboardX
+    except ImportError:
+        raise ResultsError(
+            "Metrics for TensorBoard need tensorboardX, which is not installed; "
+            "`pip install tensorboardX` is enough."
+        ) from None
+    writers: dict[str, Any] = {}
+
+    def write(record: Mapping[str, Any]) -> None:
+        name = f"{record['method']}/seed_{record['seed']}"
+        with _one_line(pathlib.Path(folder)):
+            if name not in writers:
+                writers[name] = tensorboardX.SummaryWriter(
+                    str(pathlib.Path(folder, name))
+                )
+            for metric, value in _metrics(record).items():
+                writers[name].add_scalar(metric, value, record["step"])
+
+    try:
+        yield write
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, apart from its keys; numpy's and JAX's as Python's."""
+    numbers = {}
+    for name, value in record.items():
+        if name in _KEYS or isinstance(value, str | Mapping) or value is None:
+            continue
+        numbers[name] = float(value)
+    return numbers
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write the metrics to {path}: {error.strerror or error}."
+        ) from error

@@ -1,0 +1,97 @@
+"""What an experiment will take: parameters, steps, memory and, roughly, time."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.methods import Method
+from classp_jax.continual.train.experiment import Experiment, check
+
+_RATE = 5e9
+"""Floating-point operations per second and core that small networks reach."""
+_STEP_SECONDS = 6e-5
+"""What a step takes however small the network is."""
+
+
+class Cost(NamedTuple):
+    """An estimate; nothing has been allocated for it."""
+
+    parameters: int
+    steps: int
+    """Of all methods and seeds together."""
+    memory: int
+    """Bytes for the data and the runs of the method that needs most."""
+    seconds: float
+    """Of training, on this machine's processor; right within a factor of about 3."""
+
+    def describe(self) -> str:
+        """One line.
+
+        Example:
+          >>> Cost(26_122, 40_000, 50_000_000, 75.0).describe()
+          '26,122 parameters, 40,000 steps in all, 0.05 GB, about 1 minute'
+        """
+        minutes = self.seconds / 60
+        time = (
+            f"{minutes / 60:.0f} hours"
+            if minutes >= 120
+            else f"{minutes:.0f} minute{'s' * (round(minutes) != 1)}"
+            if minutes >= 1
+            else f"{max(self.seconds, 1):.0f} s"
+        )
+        return (
+            f"{self.parameters:,} parameters, {self.steps:,} steps in all, "
+            f"{self.memory / 1e9:.2f} GB, about {time}"
+        )
+
+
+def estimate(
+    experiment: Experiment,
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Mapping[str, Any]],
+    copies: int = 1,
+) -> Cost:
+    """Estimates what training will take, and checks every method's settings.
+
+    Args:
+      experiment: data, plans and network.
+      methods: the methods by name.
+      settings: the complete settings of each.
+      copies: how many times each seed is trained.
+
+    Raises:
+      ContinualError: if a method refuses its settings, or the machine has too little
+        memory.
+    """
+    model, batch = experiment.model, experiment.training.batch_size
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    states = {name: check(experiment, m, settings[name]) for name, m in methods.items()}
+    runs = len(experiment.plans) * copies
+    # A step holds parameters, gradients, updates and one state that is being written.
+    memory = {
+        name: experiment.stored.nbytes + runs * (size + state) + 4 * size + 2 * state
+        for name, state in states.items()
+    }
+    largest = max(memory, key=lambda name: memory[name])
+    if memory[largest] > _machine_memory():
+        raise ContinualError(
+            f"method {largest!r} needs about {memory[largest] / 1e9:,.1f} GB for "
+            f"{runs} runs, and this machine has {_machine_memory() / 1e9:,.1f} GB"
+        )
+    steps = copies * len(methods) * sum(sum(plan.steps) for plan in experiment.plans)
+    operations = 6.0 * parameters * batch
+    cores = os.cpu_count() or 1
+    seconds = steps * (_STEP_SECONDS + operations / _RATE) / cores
+    return Cost(parameters, steps, memory[largest], seconds)
+
+
+def _machine_memory() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError, OSError):
+        return float("inf")

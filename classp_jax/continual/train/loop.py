@@ -1,0 +1,90 @@
+"""The training loop: task by task, point by point: step, evaluate; end the task."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from classp_jax.continual.methods import Method
+from classp_jax.continual.results.records import Run
+from classp_jax.continual.train.experiment import Experiment, compile_method
+from classp_jax.continual.train.progress import Progress, reporter
+from classp_jax.continual.train.side_by_side import (
+    advance,
+    end_task,
+    groups_of,
+    workers,
+)
+from classp_jax.continual.train.track import Track, start_tracks
+
+
+def train(
+    experiment: Experiment,
+    method: Method,
+    settings: Sequence[Mapping[str, float]],
+    *,
+    weights: Callable[[int], Any] | None = None,
+    rounding_copies: int = 0,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    trained: dict[tuple[int, int], Any] | None = None,
+) -> list[list[Run]]:
+    """Trains a method on every seed of an experiment, with every group of settings.
+
+    Args:
+      experiment: data, plans and network, from :func:`prepare`.
+      method: the method.
+      settings: groups of settings, all complete.
+      weights: ``weights(seed)``, what a seed starts from; by default drawn from it.
+      rounding_copies: copies of each run whose initial weights are moved by one unit
+        in the last place, to see what hangs on rounding.
+      on_metrics: called with a flat record at every point of every run: ``method``,
+        ``seed``, ``settings``, ``task`` (from 0), ``step``, ``loss``,
+        ``online_accuracy`` and ``update_density`` (means since the task began), and
+        ``test_accuracy/task_1`` and so on.
+      progress: called at every point of every run, and when all have finished a task.
+        One thread at a time calls these two.
+      trained: takes the last state of each run, by (setting, seed) indices.
+
+    Returns:
+      ``runs[setting][seed]``. A run whose loss or parameters cease to be finite is
+      marked as diverged, and its later accuracies are NaN.
+    """
+    executables = [compile_method(experiment, method, group) for group in settings]
+    tracks = start_tracks(
+        experiment, method, settings, executables, weights, rounding_copies
+    )
+    groups = groups_of(tracks)
+    threads = min(workers(), len(groups))
+
+    report = reporter(tracks, on_metrics, progress)
+
+    def train_task(group: Sequence[Track], task: int) -> None:
+        schedules = [track.schedule(task) for track in group]
+        for point in range(max(len(track.plan.points[task]) for track in group)):
+            if all(track.diverged for track in group):
+                return
+            advance(group, schedules, task, point)
+            for track in group:
+                track.evaluate(task, point)
+                report(track, task)
+        end_task(group, task)
+
+    executor = ThreadPoolExecutor(threads)
+    try:
+        for task in range(len(experiment.task_names)):
+            list(executor.map(lambda group, k=task: train_task(group, k), groups))
+            report(None, task)
+        list(executor.map(Track.finish, tracks))
+    finally:
+        # Ctrl-C does not wait for the steps that the threads are in the middle of.
+        executor.shutdown(wait=False, cancel_futures=True)
+    if trained is not None:
+        trained |= {t.index: t.state for t in tracks if t.copy == 0}
+    return [
+        [
+            track.record(threads, [t for t in tracks if t.index == track.index])
+            for track in tracks
+            if track.copy == 0 and track.index[0] == i
+        ]
+        for i in range(len(settings))
+    ]

@@ -1,0 +1,262 @@
+"""The main job: methods on a stream, for every seed, results kept as they come."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.methods.protocol import Method
+from classp_jax.continual.methods.registry import (
+    as_methods,
+    check_owners,
+    resolve_settings,
+)
+from classp_jax.continual.results.records import Results
+from classp_jax.continual.results.store import find
+from classp_jax.continual.train.cost import estimate
+from classp_jax.continual.train.experiment import (
+    Experiment,
+    compile_evaluate,
+    compile_method,
+)
+from classp_jax.continual.train.experiment import (
+    initial_weights as drawn_weights,
+)
+from classp_jax.continual.train.loop import train
+from classp_jax.continual.train.progress import Progress
+from classp_jax.continual.train.provenance import provenance
+from classp_jax.continual.train.setup import check_count, set_up
+
+
+class Trained(NamedTuple):
+    """What a run ends with."""
+
+    params: Any
+    """The weights."""
+    state: Any
+    """The method's state: the optimizer's, and what it keeps beside that."""
+
+
+def run(
+    stream: Any,
+    model: Any,
+    methods: Any,
+    *,
+    seeds: Sequence[int] = range(10),
+    settings: Mapping[str, Mapping[str, float]] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    initial_weights: Any = None,
+    save_weights: bool = False,
+    rounding_copies: int = 0,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+    command: str | None = None,
+    **options: Any,
+) -> Results:
+    """Trains methods on a stream of tasks, every seed by itself.
+
+    Everything is checked, and every method compiled, before anything trains. A seed's
+    data, scale, order of batches, initial weights and dropout are its own: its result
+    is the same, to the bit, whichever other seeds, settings and methods run with it on
+    the same machine.
+
+    Args:
+      stream: what :func:`permuted`, :func:`stream` and their neighbours return, or one
+        :class:`Stream` for all seeds.
+      model: the network; see :func:`as_model`.
+      methods: names such as ``"ewc+classp"``; or a mapping from a name of your choice
+        to such a name, a :class:`Method`, or an Optax transformation.
+      seeds: one run of every method for each; integers >= 0 of any size.
+      settings: numbers in place of the methods' defaults, by the name of a method or of
+        a part of one: ``{"classp": {"eps": 0.5}}``.
+      model_options: for a network that has a name, such as ``{"hidden": (64,)}``.
+      folder: where results are added after each method. What is there already, of the
+        same methods, settings and seeds, is not trained again.
+      initial_weights: what to start from in place of random weights: a tree of
+        parameters for all seeds, or one per seed, ``{seed: tree}``. What
+        :attr:`Results.params` holds will do as a tree.
+      save_weights: whether to put trained weights and states into
+        :attr:`Results.params`, by (method, seed), and into the folder, if there is one.
+      rounding_copies: copies of each run whose initial weights are moved by one unit in
+        the last place; their spread is stored with the run.
+      on_metrics: called at every evaluation of every run; see :func:`train`.
+      progress: called with a :class:`Progress` likewise.
+      announce: called once, before training, with a line about sizes, steps and time.
+      command: the command line, for the record.
+      **options: fields of :class:`Training`: ``epochs`` (a number, or one for each
+        task), ``batch_size``, ``points``, ``evaluate``, ``max_test`` and so on.
+
+    Returns:
+      The :class:`Results`, with what the folder held before.
+
+    Raises:
+      ContinualError: in one line, for anything that does not exist or does not fit.
+
+    Example:
+      >>> from classp_jax import continual
+      >>> results = continual.run(
+      ...     continual.permuted("digits", tasks=2, max_train=64),
+      ...     "mlp",
+      ...     ["sgd", "classp"],
+      ...     seeds=[0],
+      ...     epochs=1,
+      ... )
+      >>> [run.method for run in results.runs]
+      ['sgd', 'classp']
+    """
+    chosen = as_methods(methods)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ContinualError("settings must be a mapping from methods to mappings")
+    check_owners("settings", settings or {}, chosen.values())
+    resolved = {
+        name: resolve_settings(method, settings or {})
+        for name, method in chosen.items()
+    }
+    check_count("rounding_copies", rounding_copies, 0)
+    setup = set_up(stream, model, seeds, model_options=model_options, **options)
+    configuration = setup.configuration
+    weights = None
+    if initial_weights is not None:
+        weights, digest = _starting_weights(setup.experiment, initial_weights)
+        configuration = configuration | {"initial_weights": digest}
+    results = Results(configuration, setup.stream)
+    cost = estimate(setup.experiment, chosen, resolved, 1 + rounding_copies)
+    if folder is not None:
+        # Before the first hour of training is the time to find a full disk.
+        results = results.save(folder)
+    if announce is not None:
+        announce(cost.describe())
+    todo = _compiled(setup.experiment, chosen, resolved, results)
+    for name, (method, experiment) in todo.items():
+        if folder is not None:
+            # Another process may have added it meanwhile.
+            remaining = _missing(experiment, name, resolved[name], find(folder))
+            if remaining is None:
+                continue
+            experiment = remaining
+        states: dict[tuple[int, int], Any] = {}
+        (runs,) = train(
+            experiment,
+            method,
+            [resolved[name]],
+            weights=weights,
+            rounding_copies=rounding_copies,
+            on_metrics=on_metrics,
+            progress=progress,
+            trained=states if save_weights else None,
+        )
+        origin = provenance(command)
+        runs = tuple(dataclasses.replace(r, provenance=origin) for r in runs)
+        params = {
+            (name, experiment.plans[j].seed): Trained(state.params, state.method)
+            for (_, j), state in states.items()
+        }
+        added = Results(configuration, setup.stream, runs, params)
+        if folder is None:
+            results = results.add(added)
+        else:
+            _save_weights(params, resolved[name], pathlib.Path(folder, "weights"))
+            kept = results.params | params
+            results = dataclasses.replace(added.save(folder), params=kept)
+    return results
+
+
+def _starting_weights(
+    experiment: Experiment, given: Any
+) -> tuple[Callable[[int], Any], str]:
+    """The weights of each seed, checked, and a hash of them."""
+    seeds = [plan.seed for plan in experiment.plans]
+    by_seed = isinstance(given, Mapping) and all(isinstance(k, int) for k in given)
+    trees = {seed: given.get(seed) if by_seed else given for seed in seeds}
+    expected = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    digest = hashlib.sha256()
+    for seed, tree in trees.items():
+        tree = trees[seed] = tree.params if isinstance(tree, Trained) else tree
+        if jax.tree.structure(tree) != jax.tree.structure(expected):
+            raise ContinualError(
+                f"initial_weights of seed {seed} are not a tree like the network's: "
+                f"{' '.join(str(jax.tree.structure(expected)).split())}"
+            )
+        shapes = [
+            (np.shape(a), b.shape)
+            for a, b in zip(
+                jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
+            )
+        ]
+        wrong = [pair for pair in shapes if pair[0] != pair[1]]
+        if wrong:
+            raise ContinualError(
+                f"initial_weights of seed {seed} have shape {wrong[0][0]} where the "
+                f"network has {wrong[0][1]}"
+            )
+        for leaf in jax.tree.leaves(tree):
+            digest.update(np.asarray(leaf).tobytes())
+    return trees.__getitem__, digest.hexdigest()[:16]
+
+
+def _compiled(
+    experiment: Experiment,
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Mapping[str, Any]],
+    results: Results,
+) -> dict[str, tuple[Method, Experiment]]:
+    """The methods with seeds left to train, all compiled, side by side."""
+    todo = {}
+    for name, method in methods.items():
+        remaining = _missing(experiment, name, settings[name], results)
+        if remaining is not None:
+            todo[name] = (method, remaining)
+    if todo:
+        drawn_weights(experiment, experiment.plans[0].seed)
+        compile_evaluate(experiment)
+        with ThreadPoolExecutor(min(len(todo), os.cpu_count() or 1)) as executor:
+            compiling = [
+                executor.submit(compile_method, experiment, method, settings[name])
+                for name, (method, _) in todo.items()
+            ]
+            for future in compiling:
+                future.result()
+    return todo
+
+
+def _missing(
+    experiment: Experiment,
+    method: str,
+    settings: Mapping[str, Any],
+    results: Results | None,
+) -> Experiment | None:
+    """The experiment with the seeds that are left to train; None if there are none."""
+    done = results.finished(method, dict(settings)) if results is not None else set()
+    plans = tuple(plan for plan in experiment.plans if plan.seed not in done)
+    return experiment._replace(plans=plans) if plans else None
+
+
+def _save_weights(
+    params: Mapping[tuple[str, int], Trained],
+    settings: Mapping[str, Any],
+    folder: pathlib.Path,
+) -> None:
+    """One file per run, ``METHOD-SETTINGS-SEED.npz``, arrays named by their path."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    for (method, seed), trained in params.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
+                jax.random.key_data(leaf)
+                if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+                else leaf
+            )
+            for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
+        }
+        file = folder / f"{method}-{digest[:6]}-{seed}.npz"
+        np.savez(file, allow_pickle=False, **arrays)

@@ -1,0 +1,313 @@
+"""The compiled functions of one method, each for one run.
+
+A run is one seed with one group of settings. On a CPU each run is compiled alone:
+XLA vectorises the step of one run well, nothing is gained by more, and its bits cannot
+depend on who trains beside it. On accelerators :data:`WIDTH` runs, always that many,
+go through one vectorised function.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from classp_jax.continual.methods import Batch, Functions, Method, Problem
+from classp_jax.continual.models import Model
+from classp_jax.continual.train.plan import Examples
+
+WIDTH = 8
+"""How many runs an accelerator trains side by side."""
+CHUNK = 256
+"""Examples evaluated at once."""
+
+
+class RunData(NamedTuple):
+    """What one run knows of its data in all tasks; traced."""
+
+    mean: Any
+    deviation: Any
+    pixels: Any
+    classes: Any
+    train_sizes: Any
+    steps_per_pass: Any
+
+
+class Tally(NamedTuple):
+    """Sums over the steps of a task."""
+
+    loss: Any
+    correct: Any
+    density: Any
+    last_loss: Any
+
+
+class State(NamedTuple):
+    """Everything a run carries: stored, it could go on from here at any step."""
+
+    params: Any
+    method: Any
+    key: Any
+    total: Any
+    """Steps of all tasks so far; with the key it gives each step's randomness."""
+    step: Any
+    """Steps of this task so far."""
+    ended: Any
+    """Whether the task's loss is low enough, so that no more steps are taken."""
+    finite: Any
+    """Whether every loss was, and the parameters are, finite."""
+    tally: Tally
+
+
+class Compiled(NamedTuple):
+    """A method's functions as executables; each takes lists of runs' arguments."""
+
+    init: Callable[..., Any]
+    advance: Callable[..., Any]
+    end_of_task: Callable[..., Any] | None
+    seconds: float
+
+
+def inputs_of(stored: jax.Array, run: RunData, rows: Any, task: Any) -> jax.Array:
+    """Examples as their task shows them, in the dtype of the stored data."""
+    x = stored[rows]
+    if run.pixels is None:
+        return x
+    order = run.pixels[task]
+    by_pixel = x.reshape(*order.shape, -1)
+    shown = jnp.take_along_axis(by_pixel, order[..., None], axis=1)
+    return shown.reshape(x.shape)
+
+
+def scaled(x: jax.Array, run: RunData) -> jax.Array:
+    """What the network is given."""
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+        return x
+    return (x.astype(jnp.float32) - run.mean) / run.deviation
+
+
+def make_problem(
+    model: Model, run: RunData, example: Any, batch_size: int, fisher: str, masked: bool
+) -> Problem:
+    """The problem of one run, inside its traced functions."""
+
+    def logits(params: Any, batch: Batch, key: Any = None) -> jax.Array:
+        found = model.apply(params, scaled(batch.x, run), key)
+        return jnp.where(batch.classes, found, -1e9) if masked else found
+
+    def loss(params: Any, batch: Batch, key: Any = None) -> tuple[Any, Any]:
+        found = logits(params, batch, key)
+        errors = optax.softmax_cross_entropy_with_integer_labels(found, batch.y)
+        return jnp.sum(errors * batch.weight) / jnp.sum(batch.weight), found
+
+    return Problem(
+        loss=loss,
+        logits=logits,
+        init=model.init,
+        example=example,
+        num_classes=run.classes.shape[-1],
+        batch_size=batch_size,
+        classes=run.classes,
+        train_sizes=run.train_sizes,
+        steps_per_pass=run.steps_per_pass,
+        fisher=fisher,
+    )
+
+
+class Traced(NamedTuple):
+    """A method's functions of one run, not compiled yet."""
+
+    init: Callable[..., State]
+    advance: Callable[..., State]
+    end_of_task: Callable[..., State]
+
+
+def make_traced(
+    method: Method,
+    static: Mapping[str, Any],
+    problem_of: Callable[[RunData], Problem],
+) -> Traced:
+    """Builds a method's functions of one run.
+
+    Args:
+      method: the method.
+      static: settings that are compiled in; the others come with each call.
+      problem_of: the problem of a run.
+    """
+
+    def functions(run: RunData, settings: Mapping[str, Any]) -> Functions:
+        return method.make({**static, **settings}, problem_of(run))
+
+    def batch_of(stored: Any, run: RunData, examples: Examples) -> Batch:
+        return Batch(
+            inputs_of(stored, run, examples.rows, examples.task),
+            jnp.asarray(examples.y),
+            jnp.asarray(examples.task),
+            run.classes[examples.task],
+            jnp.ones(examples.y.shape, jnp.float32),
+        )
+
+    def init(stored: Any, run: Any, settings: Any, params: Any, keys: Any) -> State:
+        del stored
+        zero, none = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
+        return State(
+            params=params,
+            method=functions(run, settings).init(params, keys[0]),
+            key=keys[1],
+            total=none,
+            step=none,
+            ended=jnp.zeros([], bool),
+            finite=jnp.ones([], bool),
+            tally=Tally(zero, none, zero, zero),
+        )
+
+    def advance(
+        stored: Any,
+        run: RunData,
+        settings: Any,
+        schedule: Examples,
+        target: Any,
+        steps_per_pass: Any,
+        stop: Any,
+        state: State,
+    ) -> State:
+        """Takes the steps of a task up to ``stop``."""
+        step = functions(run, settings).step
+
+        def body(s: State) -> State:
+            examples = Examples(*(a[s.step] for a in schedule))
+            batch = batch_of(stored, run, examples)
+            key = jax.random.fold_in(s.key, s.total)
+            params, own, metrics = step(s.params, s.method, batch, key)
+            guess = jnp.argmax(metrics.logits[: batch.y.shape[0]], axis=1)
+            correct = jnp.sum(guess.astype(jnp.int32) == batch.y, dtype=jnp.int32)
+            end_of_pass = (s.step + 1) % steps_per_pass == 0
+            return State(
+                params=params,
+                method=own,
+                key=s.key,
+                total=s.total + 1,
+                step=s.step + 1,
+                ended=end_of_pass & (metrics.loss < target),
+                finite=s.finite & jnp.isfinite(metrics.loss),
+                tally=Tally(
+                    s.tally.loss + metrics.loss,
+                    s.tally.correct + correct,
+                    s.tally.density + metrics.update_density,
+                    metrics.loss,
+                ),
+            )
+
+        state = jax.lax.while_loop(lambda s: (s.step < stop) & ~s.ended, body, state)
+        leaves = jax.tree.leaves(state.params)
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+        return state._replace(finite=state.finite & jnp.all(jnp.stack(finite)))
+
+    def end_of_task(
+        stored: Any,
+        run: RunData,
+        settings: Any,
+        sample: Examples,
+        key: Any,
+        state: State,
+    ) -> State:
+        ending = functions(run, settings).end_of_task
+        assert ending is not None
+        key = jax.random.fold_in(key, state.total)
+        batch = batch_of(stored, run, sample)
+        params, own = ending(state.params, state.method, batch, key)
+        return state._replace(params=params, method=own)
+
+    return Traced(init, advance, end_of_task)
+
+
+def next_task(state: State) -> State:
+    """The state at the start of the next task."""
+    return state._replace(
+        step=np.int32(0),
+        ended=np.bool_(False),
+        tally=Tally(np.float32(0), np.int32(0), np.float32(0), np.float32(0)),
+    )
+
+
+def make_evaluate(model: Model) -> Callable[..., jax.Array]:
+    """A function that counts the right answers of one run on each task."""
+
+    def evaluate(
+        stored: Any,
+        run: RunData,
+        examples: Examples,
+        chunks: Any,
+        key: Any,
+        params: Any,
+    ) -> jax.Array:
+        """Examples are ``[all chunks, CHUNK]``; padding has the label -1."""
+        tasks = run.classes.shape[0]
+
+        def body(i: Any, counts: jax.Array) -> jax.Array:
+            rows, y, task = (a[i] for a in examples)
+            x = scaled(inputs_of(stored, run, rows, task), run)
+            own = None if key is None else jax.random.fold_in(key, i)
+            logits = model.apply(params, x, own)
+            logits = jnp.where(run.classes[task], logits, -jnp.inf)
+            right = jnp.argmax(logits, axis=1).astype(jnp.int32) == y
+            return counts.at[task].add(right.astype(jnp.int32))
+
+        counts = jnp.zeros(tasks, jnp.int32)
+        return jax.lax.fori_loop(0, chunks, body, counts)
+
+    return evaluate
+
+
+def width() -> int:
+    """How many runs go through one compiled function."""
+    return 1 if jax.default_backend() == "cpu" else WIDTH
+
+
+def compiled(
+    function: Callable[..., Any],
+    stored: Any,
+    arguments: Any,
+    width: int,
+    *,
+    donate: bool,
+) -> tuple[Callable[[Sequence[Any]], list[Any]], float]:
+    """Compiles a function of one run, vectorised if ``width`` is above 1.
+
+    Args:
+      function: ``function(stored, *arguments)``.
+      stored: the data that all runs share.
+      arguments: those of one run.
+      width: how many runs go through it at once.
+      donate: whether the last argument, a run's state, is given up.
+
+    Returns:
+      A function from a list of at most ``width`` runs' arguments to a list of their
+      results, and the seconds that compiling took.
+    """
+    began = time.perf_counter()
+    lifted = function
+    if width > 1:
+        lifted = jax.vmap(function, in_axes=(None, *(0 for _ in arguments)))
+        arguments = _stacked([arguments] * width)
+    donated = (len(arguments),) if donate else ()
+    executable = (
+        jax.jit(lifted, donate_argnums=donated).lower(stored, *arguments).compile()
+    )
+
+    def call(runs: Sequence[Any]) -> list[Any]:
+        if width == 1:
+            return [executable(stored, *runs[0])]
+        # The last group is filled up with copies, whose results are dropped.
+        filled = [*runs, *[runs[0]] * (width - len(runs))]
+        results = executable(stored, *_stacked(filled))
+        return [jax.tree.map(lambda a, i=i: a[i], results) for i in range(len(runs))]
+
+    return call, time.perf_counter() - began
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

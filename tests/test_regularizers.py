@@ -837,7 +837,8 @@ def test_fisher_sees_what_the_function_captures_now(captured: str):
         return scale * linear(params, x)
 
     def logits_of_jit(params: Any, x: Any) -> Any:
-        return jax.jit(lambda x, now=scale: now * linear(params, x))(x)
+        # The array is a constant of a program within the program.
+        return linear(params, jax.jit(lambda x, now=scale: now * x)(x))
 
     function = logits_of_jit if captured == "array under jit" else logits_fn
     for value in (0.5, 1.0, 2.0):

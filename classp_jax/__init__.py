@@ -6,6 +6,7 @@ from classp_jax._accumulate import (
     scale_by_generalized_adagrad,
 )
 from classp_jax._classp import classp
+from classp_jax._density import MaskToDensityState, mask_to_density
 from classp_jax._hyperparams import inject_hyperparams
 from classp_jax._importance import accumulate_importance
 from classp_jax._inspect import (
@@ -14,12 +15,7 @@ from classp_jax._inspect import (
     mean_accumulator,
     update_density,
 )
-from classp_jax._masks import (
-    MaskByThresholdState,
-    MaskToDensityState,
-    mask_by_threshold,
-    mask_to_density,
-)
+from classp_jax._masks import MaskByThresholdState, mask_by_threshold
 from classp_jax._protect import ProtectState, protect
 from classp_jax._published import classp_published
 

@@ -13,6 +13,7 @@ from classp_jax._arrays import (
     kept,
     magnitude,
     require_same_shapes,
+    whole_sum,
     wide_zeros,
     working_dtype,
 )
@@ -96,8 +97,8 @@ def scale_by_generalized_adagrad(
     The unit is that of the steps before, so that the gradient is not read once more
     before the step. In the very first step, and until a leaf has had a nonzero
     gradient, there is no unit and nothing moves; the accumulators fill. The mean is
-    over the whole leaf, however it is sharded under ``jit``, and in :func:`classp` over
-    masked gradients, too. Gradients whose squares leave float32 (below 1e-19, above
+    over the whole leaf, however it is sharded, and in :func:`classp` over masked
+    gradients, too. Gradients whose squares leave float32 (below 1e-19, above
     1e19) have no unit.
 
     **A prior** is a start without a scale: a weight's accumulator begins as if it had
@@ -236,7 +237,7 @@ class Accumulation(NamedTuple):
             after.append(stored_sum(start, term, a.dtype, state.count, i))
         mean_square = jnp.asarray(state.mean_square)
         if self.eps_unit is not None:
-            means = [_mean_square(g) for g in gradients]
+            means = [_mean_square(g, mean_square) for g in gradients]
             now = jnp.stack(means) if means else mean_square
             mean_square = mean_square + (1 - _DECAY) * (now - mean_square)
         return ScaleByGeneralizedAdagradState(
@@ -278,15 +279,13 @@ class Accumulation(NamedTuple):
         return [*jnp.where(missing, jnp.full_like(eps, unknown), eps)]
 
 
-def _mean_square(g: jax.Array) -> jax.Array:
+def _mean_square(g: jax.Array, like: jax.Array) -> jax.Array:
+    parts = [g.real, g.imag] if jnp.iscomplexobj(g) else [g]
     share = 1 / max(g.size, 1)
-
-    def total(x: jax.Array) -> jax.Array:
-        # In this order, and not of |g|: XLA would write an array that is needed twice.
-        x = x.astype(jnp.float32)
-        return jnp.sum((x * share) * x)
-
-    return total(g.real) + total(g.imag) if jnp.iscomplexobj(g) else total(g)
+    # In this order, and not of |g|: XLA would write an array that is needed twice.
+    squares = [(x.astype(jnp.float32) * share) * x.astype(jnp.float32) for x in parts]
+    total, size = whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
+    return total * (g.size / max(size, 1))
 
 
 def masked_scaling(

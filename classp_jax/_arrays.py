@@ -1,5 +1,6 @@
 """Arrays and trees of them: dtypes, paths, and checks that name the leaf."""
 
+import math
 from typing import Any
 
 import jax
@@ -55,6 +56,20 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
         return leaf if is_array else jnp.asarray(leaf, dtype)
 
     return jax.tree_util.tree_map_with_path(checked, tree)
+
+
+def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> tuple[jax.Array, float]:
+    """The sum over the whole leaf, and its size.
+
+    Inside ``jax.shard_map`` a leaf is whole over the mesh axes over which ``x`` varies
+    and ``like``, a number that is kept for the leaf, does not.
+    """
+    kinds: list[Any] = [jax.typeof(x), jax.typeof(like)]
+    of_x, of_like = (kind.manual_axis_type.varying for kind in kinds)
+    names = tuple(of_x - of_like)
+    total = jnp.sum(x, dtype=dtype)
+    size = float(x.size * math.prod(map(jax.lax.axis_size, names)))
+    return (jax.lax.psum(total, names) if names else total), size
 
 
 def wide_zeros(tree: Any, dtype: Any = None) -> Any:

@@ -230,9 +230,9 @@ def test_density_thresholds_follow_the_mean_gradient_not_a_device():
     for g in local:
         updates, state = update(g, state)
         expected, alone = tx.update(jnp.mean(g, axis=0), alone)
-        thresholds = np.asarray(state.log_threshold)
+        thresholds = np.asarray(state.level)
         assert np.all(thresholds == thresholds[0])
-        np.testing.assert_allclose(thresholds[0], alone.log_threshold, rtol=1e-6)
+        np.testing.assert_allclose(thresholds[0], alone.level, rtol=1e-6)
         np.testing.assert_allclose(updates[0], expected, rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(updates, np.stack([updates[0]] * DEVICES))
 

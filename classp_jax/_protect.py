@@ -90,7 +90,7 @@ def protect(
       >>> import classp_jax
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> optimizer = classp_jax.protect(optax.adam(0.1), eps=1.0, frozen=True)
+      >>> optimizer = classp_jax.protect(optax.sgd(0.1), eps=1.0, frozen=True)
       >>> params = jnp.array([1.0, 1.0])
       >>> old_gradients = jnp.array([9.0, 0.0])
       >>> state = classp_jax.accumulate_importance(
@@ -98,7 +98,7 @@ def protect(
       ... )
       >>> updates, state = optimizer.update(jnp.array([2.0, 2.0]), state, params)
       >>> print(updates)
-      [-0.01 -0.1 ]
+      [-0.02 -0.2 ]
 
     .. seealso:: :func:`classp`, :func:`accumulate_importance`,
       :func:`classp_jax.regularizers.l2_to_anchor`

@@ -178,6 +178,19 @@ def test_transforms_are_told_that_they_only_accumulate():
     np.testing.assert_array_equal(classp_jax.accumulators(filled), 1)
 
 
+def test_a_frozen_brake_is_filled_and_its_optimizer_left_alone():
+    tx: Any = classp_jax.protect(optax.sgd(0.1, momentum=0.9), frozen=True)
+    state = tx.init(PARAMS)
+    _, state = tx.update(at(0), state, PARAMS)
+    chex.assert_trees_all_equal(
+        classp_jax.accumulators(state), jax.tree.map(jnp.zeros_like, PARAMS)
+    )
+    filled = fill(tx, state, PARAMS, GRADIENTS, per_example=True)
+    found = classp_jax.accumulators(filled)
+    chex.assert_trees_all_close(found, expected_sum(), rtol=2e-6)
+    chex.assert_trees_all_equal(filled.inner_state, state.inner_state)
+
+
 def test_accumulators_inside_a_state_with_accumulators_are_filled():
     class Outer(NamedTuple):
         accumulator: Any

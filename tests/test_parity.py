@@ -218,7 +218,8 @@ def twin(model: MLP) -> torch.nn.Sequential:
 
 def batches(dtype: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """200 batches of scikit-learn's handwritten digits."""
-    x, y = load_digits(return_X_y=True)
+    digits: Any = load_digits(return_X_y=True)
+    x, y = digits
     order = np.random.default_rng(0).permuted(
         np.tile(np.arange(len(x)), (4, 1)), axis=1
     )

@@ -1,7 +1,7 @@
 """A method that the library does not have, as a user would write one: A-GEM.
 
-Where a step would raise the loss on what is remembered of earlier tasks, the gradient
-is projected so that it does not (Chaudhry et al. 2019, equation 11).
+A gradient that would raise the loss on remembered examples is projected so that it does
+not (Chaudhry et al. 2019, equation 11).
 """
 
 import jax
@@ -29,9 +29,8 @@ def _hooks(settings, problem):
         return memory, jax.tree.map(lambda g, o: g - share * o, gradients, old)
 
     def end_of_task(memory, end, sample, key):
-        # Examples repeat if the sample has fewer.
-        shaped = lambda a: jnp.resize(a, (count, *a.shape[1:]))  # noqa: E731
-        return jax.tree.map(shaped, sample), end
+        places = jnp.arange(count) % len(sample.y)
+        return jax.tree.map(lambda a: a[places], sample), end
 
     return Hooks(init, gradients=gradients, end_of_task=end_of_task)
 

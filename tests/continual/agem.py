@@ -1,8 +1,4 @@
-"""A method that the library does not have, as a user would write one: A-GEM.
-
-A gradient that would raise the loss on remembered examples is projected so that it does
-not (Chaudhry et al. 2019, equation 11).
-"""
+"""A-GEM, a method that the library does not have, as a user would write it."""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +31,10 @@ def _hooks(settings, problem):
     return Hooks(init, gradients=gradients, end_of_task=end_of_task)
 
 
-AGEM = Part("A-GEM", {"remembered": continual.Setting(64, integer=True)}, _hooks)
+AGEM = Part(
+    "A-GEM, Chaudhry et al. 2019, equation 11",
+    {"remembered": continual.Setting(64, integer=True)},
+    _hooks,
+)
 SGD = Part("SGD", {"learning_rate": continual.Setting(0.1, 1e-3, 1.0)}, optax.sgd)
 METHOD = compose("a-gem", SGD, [AGEM])

@@ -1,4 +1,4 @@
-"""A-GEM, a method that the library does not have, as a user would write it."""
+"""A-GEM, a method that the library does not have, as a user writes it."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ def _hooks(settings, problem):
         y = jnp.zeros(count, jnp.int32)
         return continual.Batch(x, y, y, problem.classes[y], jnp.zeros(count))
 
+    # Chaudhry et al. 2019, equation 11.
     def gradients(memory, gradients, params, batch, key):
         counts = memory._replace(weight=jnp.maximum(memory.weight, 1e-12))
         old, _ = jax.grad(problem.loss, has_aux=True)(params, counts)
@@ -31,10 +32,6 @@ def _hooks(settings, problem):
     return Hooks(init, gradients=gradients, end_of_task=end_of_task)
 
 
-AGEM = Part(
-    "A-GEM, Chaudhry et al. 2019, equation 11",
-    {"remembered": continual.Setting(64, integer=True)},
-    _hooks,
-)
+AGEM = Part("A-GEM", {"remembered": continual.Setting(64, integer=True)}, _hooks)
 SGD = Part("SGD", {"learning_rate": continual.Setting(0.1, 1e-3, 1.0)}, optax.sgd)
 METHOD = compose("a-gem", SGD, [AGEM])

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from classp_jax.continual import presets
@@ -155,3 +156,74 @@ def test_digits_were_run_as_the_preset_says():
     assert {run.seed for run in runs} == set(range(10))
     for run in runs:
         assert run.settings == pytest.approx(settings[run.method])
+
+
+def test_the_paper_s_words_hold(paper):
+    """What its sentences say beyond numbers and the words of intervals."""
+    elsewhere = re.search(
+        r"<!-- from elsewhere -->(.*?)<!-- end -->", paper.PAGE.read_text("utf-8"), re.S
+    )
+    assert elsewhere is not None
+    gave = [float(number) for number in re.findall(r"\d\d\.\d", elsewhere[1])]
+    classp = [paper.as_scripts("scale-later+classp-published", k) for k in (0, 1)]
+    for ours, theirs in zip(classp, gave[:2], strict=True):
+        assert abs(ours.mean() - theirs) < 2 * ours.std(ddof=1)
+    ewc = paper.as_scripts("ewc-published", 0)
+    assert np.nanmean(ewc) - gave[3] > 2 * np.nanstd(ewc, ddof=1)
+    # The defaults, and what a weight keeps.
+    losses = paper.worst_loss(
+        ["mnist-fashion", "mnist-fashion-mlp", "permuted-mnist", "split-mnist-class"]
+    )
+    assert np.argmin(losses) == 2
+    assert paper.BUCKETS[2][0] <= 0.1 < paper.BUCKETS[2][1]
+    kept = {
+        m: round(paper.of("mnist-fashion", m)[0].kept_bytes_per_parameter)
+        for m in ("classp", "adagrad", "ewc", "si")
+    }
+    assert kept == {"classp": 4, "adagrad": 4, "ewc": 8, "si": 4}
+    # Priors and thresholds.
+    assert paper.lowest("mnist-fashion", "classp-prior", 0) < 50
+    trials = [paper.best_trial("mnist-fashion", m) for m in ("classp-prior", "classp")]
+    assert float(trials[0]) > float(trials[1])
+    digits = paper.study("permuted-digits")
+    assert max(digits, key=lambda v: digits[v]["validation"]) == "relative threshold"
+
+
+def test_the_study_s_words_follow_from_its_intervals(paper):
+    words = {
+        name: paper.variant_difference("permuted-digits", name).word
+        for name in paper.study("permuted-digits")
+    }
+    assert {words[v] for v in ("classp", "density", "relative threshold")} == {"level"}
+    behind = {"scaling from task 2", "accumulator reset", "power 0.5", "power 2"}
+    behind |= {"power 3", "exclusive", "share", "rate over fan-in"}
+    assert {words[name] for name in behind} == {"behind"}
+    assert {words[name] for name in ("bound", "eps times fan-in")} == {"level"}
+
+
+def test_no_comparison_where_a_seed_diverged(paper):
+    assert paper.diverged("mnist-fashion", "ewc") > 0
+    assert paper.against("mnist-fashion", "ewc") == "-"
+    assert "as a seed diverged" in paper.stands("mnist-fashion", "ewc")
+    assert "not compared, as a seed diverged: `ewc`" in paper.standing("mnist-fashion")
+
+
+def test_results_of_the_first_edition_are_called_so(paper):
+    stored = paper.results("mnist-fashion-published")
+    assert {run.provenance.date for run in stored.runs} == {"2026-11-22"}
+    assert paper.first_edition("mnist-fashion-published")
+    assert "2026-11-22, the first edition" in paper.made("mnist-fashion-published")
+    assert paper.first_edition("mnist-fashion-published-flax")
+
+
+def test_below_every_table_stands_when_and_with_which_code_it_was_made(paper):
+    blocks = paper.PAGE.read_text("utf-8").split("\n\n")
+    tables = [i for i, block in enumerate(blocks) if block.startswith("|")]
+    assert len(tables) == 11
+    for i in tables:
+        # A second table may stand between, with a line of text.
+        (made, *_) = (b for b in blocks[i:] if b.startswith(("*Made:*", "## ")))
+        assert re.search(r"20\d\d-\d\d-\d\d.* edition\s+of\s+the\s+code", made, re.S)
+    for name in paper.PRESETS:
+        days = {run.provenance.date[:10] for run in paper.results(name).runs}
+        assert all(day in paper.made(name) for day in days)

@@ -7,7 +7,8 @@ Run ``python docs/paper/render.py`` (extra ``dev``). No number of the page is ty
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -15,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from classp_jax.continual.results import Results, Run, load
-from classp_jax.continual.results.statistics import paired_difference
+from classp_jax.continual.results.statistics import Difference, paired_difference
 
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parent / "paper.md"
@@ -28,18 +29,56 @@ def results(name: str) -> Results:
     return load(FOLDER / name)
 
 
-def date(name: str) -> str:
-    """The days on which the runs of a preset were made."""
-    days = sorted({run.provenance.date[:10] for run in results(name).runs})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-
-
 def seeds(name: str) -> str:
     """The seeds of a preset's runs."""
     found = sorted({run.seed for run in results(name).runs})
     if found == list(range(found[-1] + 1)) and len(found) > 2:
         return f"{found[0]} to {found[-1]}"
     return ", ".join(map(str, found))
+
+
+def first_edition(name: str) -> bool:
+    """Whether a preset's results were made before the experiments were rebuilt."""
+    return "first_edition" in results(name).configuration
+
+
+def editions() -> str:
+    """Which presets' results are of which edition of the code, for a sentence."""
+    old, new = (
+        [f"`{name}`" for name in PRESETS if first_edition(name) is first]
+        for first in (True, False)
+    )
+    text = f"those of {_and([*old, 'the studies'])} were made with the first edition"
+    return text + (f", those of {_and(new)} with this one" if new else "")
+
+
+def _and(texts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def made(*names: str) -> str:
+    """When, with which code, on what and with how many seeds results were made."""
+    origins: dict[str, list[str]] = {}
+    for name in names:
+        runs = results(name).runs
+        days = " to ".join(
+            dict.fromkeys(_ends(run.provenance.date[:10] for run in runs))
+        )
+        devices = ", ".join(dict.fromkeys(run.provenance.device for run in runs))
+        versions = runs[0].provenance.versions
+        edition = "the first edition" if first_edition(name) else "this edition"
+        text = (
+            f"{days}, {edition} of the code (classp-jax {versions['classp-jax']}, "
+            f"jax {versions['jax']}), {devices}, seeds {seeds(name)}"
+        )
+        origins.setdefault(text, []).append(f"`{name}`")
+    parts = (f"{', '.join(found)}: {text}" for text, found in origins.items())
+    return f"*Made:* {'; '.join(parts)}."
+
+
+def _ends(days: Iterable[str]) -> tuple[str, str]:
+    found = sorted(days)
+    return found[0], found[-1]
 
 
 def of(name: str, method: str) -> list[Run]:
@@ -80,9 +119,104 @@ def spread(numbers: Sequence[float] | np.ndarray) -> str:
     return text
 
 
+def count(name: str) -> int:
+    """How many seeds were run."""
+    return len({run.seed for run in results(name).runs})
+
+
+def lowest(name: str, method: str, what: str | int = "average") -> float:
+    """The accuracy of the worst seed."""
+    return float(values(name, method, what).min())
+
+
+def half_width(seeds: int) -> float:
+    """Half of the interval of a paired difference of standard deviation 1."""
+    values = np.resize([-1.0, 1.0], seeds)
+    values /= np.std(values, ddof=1)
+    found = paired_difference(values.tolist(), [0.0] * seeds)
+    return (found.high - found.low) / 2
+
+
 def acc(name: str, method: str, what: str | int = "average") -> str:
     """Mean ± sd of an accuracy of a preset's method."""
     return spread(values(name, method, what))
+
+
+def difference(name: str, method: str, reference: str = "classp") -> Difference:
+    """The paired difference of two methods in points, over the seeds of both.
+
+    Without an interval, and so without a word, where a seed of either diverged: what is
+    left would flatter it.
+    """
+    by_seed = [
+        dict(zip((r.seed for r in of(name, m)), values(name, m), strict=True))
+        for m in (method, reference)
+    ]
+    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if any(np.isnan(list(numbers.values())).any() for numbers in by_seed):
+        return Difference(np.nan, np.nan, np.nan, 0)
+    return paired_difference(*([numbers[s] for s in shared] for numbers in by_seed))
+
+
+def interval(found: Difference) -> str:
+    """A difference with its interval and its word; a dash where there is none."""
+    if not found.word:
+        return "-"
+    half = (found.high - found.low) / 2
+    return f"{found.mean:+.1f} ± {half:.1f}, {found.word}"
+
+
+def against(name: str, method: str, reference: str = "classp") -> str:
+    """The :func:`interval` of a method, for a table."""
+    return (
+        "reference"
+        if method == reference
+        else interval(difference(name, method, reference))
+    )
+
+
+_JOINED = {"ahead": "ahead of", "level": "level with", "behind": "behind", "": ""}
+
+
+def stands(name: str, method: str, reference: str = "classp") -> str:
+    """Where a method stands, for a sentence: "behind `classp` (-3.0 ± 1.2 points)"."""
+    found = difference(name, method, reference)
+    if not found.word:
+        return f"without a comparison to `{reference}`, as a seed diverged"
+    half = (found.high - found.low) / 2
+    where = f"{_JOINED[found.word]} `{reference}`"
+    return f"{where} ({found.mean:+.1f} ± {half:.1f} points)"
+
+
+def standing(name: str, reference: str = "classp") -> str:
+    """All methods of a preset, by where they stand to a reference."""
+    groups: dict[str, list[str]] = {word: [] for word in _JOINED}
+    for method in methods(name):
+        if method != reference:
+            groups[difference(name, method, reference).word].append(f"`{method}`")
+    titles = {
+        "ahead": f"Ahead of `{reference}`",
+        "level": "level with it",
+        "behind": "behind it",
+        "": "not compared, as a seed diverged",
+    }
+    parts = [
+        f"{titles[w]}: {', '.join(g) or 'none'}" for w, g in groups.items() if w or g
+    ]
+    return "; ".join(parts) + "."
+
+
+def by_stream(names: dict[str, str], method: str, reference: str) -> str:
+    """Where one method stands to another, stream by stream, for a sentence."""
+    groups: dict[str, list[str]] = {word: [] for word in _JOINED}
+    for name, title in names.items():
+        if {method, reference} <= set(methods(name)):
+            groups[difference(name, method, reference).word].append(title)
+    return "; ".join(
+        f"{word or 'not compared, as a seed diverged,'} on {_and(found)}"
+        for word, found in groups.items()
+        if found
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -157,17 +291,14 @@ def as_scripts(method: str, what: str | int) -> np.ndarray:
     return 100 * np.array(chosen)
 
 
-def streams_table(names: dict[str, str], chosen: Sequence[str]) -> str:
-    """Average accuracy of several methods on several streams."""
+def streams_table(names: dict[str, str], cell: Callable[[str, str], str]) -> str:
+    """A number of every method on several streams: :func:`acc` or :func:`against`."""
+    chosen = dict.fromkeys(method for name in names for method in methods(name))
     return table(
-        ["Method", *names.values(), "Task boundary known"],
+        ["Method", *names.values()],
         (
-            [
-                f"`{method}`",
-                *(acc(n, method) if method in methods(n) else "-" for n in names),
-                "yes" if of(next(iter(names)), method)[0].task_boundary_known else "no",
-            ]
-            for method in chosen
+            [f"`{m}`", *(cell(n, m) if m in methods(n) else "-" for n in names)]
+            for m in chosen
         ),
     )
 
@@ -187,9 +318,22 @@ def memory(name: str) -> str:
     )
 
 
-def study(stream: str) -> str:
-    """Where the study of a stream is stored."""
-    return f"study-{stream}"
+@functools.cache
+def study(stream: str) -> dict[str, Any]:
+    """What the first edition's study of a stream found, by variant."""
+    return json.loads((FOLDER / f"study-{stream}.json").read_text(encoding="utf-8"))
+
+
+def made_study(*streams: str) -> str:
+    """When and on what the studies were made, and with how many seeds."""
+    found = [variant for stream in streams for variant in study(stream).values()]
+    days = " to ".join(dict.fromkeys(_ends(variant["date"] for variant in found)))
+    devices = ", ".join(sorted({variant["device"] for variant in found}))
+    (count,) = {len(variant["average"]) for variant in found}
+    return (
+        f"*Made:* {days}, the first edition of the code, {devices}, {count} seeds "
+        f"(0 to {count - 1})."
+    )
 
 
 def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
@@ -197,6 +341,7 @@ def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
     titles = {
         "validation": "validation",
         "average": "average",
+        "against": f"against `{PLAIN}`",
         "first": "first task",
         "last": "last task",
         "density": "density",
@@ -207,25 +352,42 @@ def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
     )
 
 
+def ran(stream: str, chosen: Sequence[str]) -> list[str]:
+    """Those of the variants that were run on a stream."""
+    return [name for name in chosen if name in study(stream)]
+
+
 def variant(stream: str, name: str, key: str = "average") -> str:
-    """One number of a variant, in %: mean and deviation over seeds, or the best trial.
+    """One number of a variant in %: mean and deviation over seeds, or the best trial.
 
     A dash is a variant that was not run on this stream.
     """
-    if name not in methods(study(stream)):
+    if name not in study(stream):
         return "-"
-    if key == "validation":
-        return best_trial(study(stream), name)
+    if key == "against":
+        return (
+            "reference" if name == PLAIN else interval(variant_difference(stream, name))
+        )
     return spread(variant_values(stream, name, key))
 
 
 def variant_values(stream: str, name: str, key: str = "average") -> np.ndarray:
-    """One number a seed, in %."""
-    if key == "density":
-        runs = of(study(stream), name)
-        return np.array([100 * np.mean(run.update_density) for run in runs])
-    what: dict[str, str | int] = {"average": "average", "first": 0, "last": -1}
-    return values(study(stream), name, what[key])
+    """One number a seed, in %; of the trials, the best one."""
+    return 100 * np.atleast_1d(study(stream)[name][key])
+
+
+def variant_difference(stream: str, name: str) -> Difference:
+    """The paired difference of a variant to plain CLASSP, in points."""
+    own, other = (variant_values(stream, v).tolist() for v in (name, PLAIN))
+    return paired_difference(own, other)
+
+
+def gap(name: str, stream: str = "permuted-digits") -> str:
+    """How far a variant is from CLASSP without a threshold, for a sentence."""
+    found = variant_difference(stream, name)
+    return (
+        f"{found.mean:+.1f} ± {(found.high - found.low) / 2:.1f} points, {found.word}"
+    )
 
 
 BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
@@ -276,13 +438,6 @@ def worst_loss(names: Sequence[str]) -> np.ndarray:
     return np.nanmax(np.nanmax(rows, axis=1, keepdims=True) - rows, axis=0)
 
 
-def gap(name: str) -> float:
-    """How much less a variant of the ablations has than CLASSP without a threshold."""
-    stream = "permuted-digits"
-    without = np.mean(variant_values(stream, "no threshold"))
-    return float(without - np.mean(variant_values(stream, name)))
-
-
 def best_trial(name: str, method: str) -> str:
     """The best validation accuracy of a method's trials, in %."""
     return f"{100 * max(t['score'] for t in trials(name)[method]):.1f}"
@@ -294,22 +449,6 @@ def lost_trials(name: str, method: str) -> str:
     return f"{sum(t['score'] == 0 for t in made)} of {len(made)}"
 
 
-def against(name: str, method: str, reference: str = "classp") -> str:
-    """The paired difference of two methods in points, with its 95 % interval."""
-    if method == reference:
-        return "reference"
-    by_seed = [
-        dict(zip((r.seed for r in of(name, m)), values(name, m), strict=True))
-        for m in (method, reference)
-    ]
-    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-    found = paired_difference(*([numbers[s] for s in shared] for numbers in by_seed))
-    if np.isnan(found.mean):
-        return "-"
-    half = (found.high - found.low) / 2
-    return f"{found.mean:+.1f} ± {half:.1f}, {found.word}"
-
-
 def prior_of(name: str) -> str:
     """The settings that CLASSP with a prior ran with."""
     found = of(name, "classp-prior")[0].settings
@@ -317,13 +456,22 @@ def prior_of(name: str) -> str:
 
 
 def render(template: str) -> str:
-    """The page: every call between double braces in its place."""
+    """The page: every call between double braces in its place, paragraphs filled."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         finalize=lambda value: f"{value:.1f}" if isinstance(value, float) else value,
     )
-    return environment.from_string(template).render(globals())
+    blocks = environment.from_string(template).render(globals()).split("\n\n")
+    return "\n\n".join(map(_filled, blocks))
+
+
+def _filled(block: str) -> str:
+    if block.startswith(("|", "#", "!", "<!--")):
+        return block
+    end = "\n" if block.endswith("\n") else ""
+    filled = textwrap.fill(block, 88, break_long_words=False, break_on_hyphens=False)
+    return filled + end
 
 
 def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
@@ -334,7 +482,7 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
         streams, figure.subplots(1, len(streams), squeeze=False)[0], strict=True
     ):
         for i, name in enumerate(chosen):
-            if name not in methods(study(stream)):
+            if name not in study(stream):
                 continue
             x, y = (variant_values(stream, name, k) for k in ("first", "last"))
             axes.errorbar(
@@ -357,16 +505,35 @@ def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
     return figure
 
 
+PLAIN = "no threshold"
+"""The variant of a study that the others are compared with."""
+
 LONGER = {
-    "mnist-fashion-mlp": "MNIST → Fashion-MNIST, MLP",
+    "mnist-fashion-mlp": "MNIST → Fashion-MNIST",
     "permuted-mnist": "permuted",
     "rotated-mnist": "rotated",
-    "split-mnist-task": "split, task-incremental",
-    "split-mnist-class": "split, class-incremental",
+    "split-mnist-task": "split (task-incremental)",
+    "split-mnist-class": "split (class-incremental)",
 }
+PRESETS = (
+    "mnist-fashion",
+    "mnist-fashion-published",
+    "mnist-fashion-published-flax",
+    "phrasebank-imdb",
+    *LONGER,
+)
+TUNED = {
+    "mnist-fashion": "vision",
+    "phrasebank-imdb": "sentiment",
+    "mnist-fashion-mlp": "vision with the MLP",
+    "permuted-mnist": "permuted",
+    "split-mnist-class": "split (class-incremental)",
+}
+"""The streams on which every method's settings were tuned."""
+
 ABLATIONS = (
     "classp",
-    "no threshold",
+    PLAIN,
     "density",
     "power 0.5",
     "power 2",
@@ -376,9 +543,12 @@ ABLATIONS = (
     "accumulator reset",
 )
 REMEDIES = (
-    "no threshold",
+    PLAIN,
     "power 0.5 to 1.5",
+    "prior",
     "own prior",
+    "share",
+    "prior and share",
     "eps times fan-in",
     "rate over fan-in",
     "bound",

@@ -223,7 +223,7 @@ def test_below_every_table_stands_when_and_with_which_code_it_was_made(paper):
     for i in tables:
         # A second table may stand between, with a line of text.
         (made, *_) = (b for b in blocks[i:] if b.startswith(("*Made:*", "## ")))
-        assert re.search(r"20\d\d-\d\d-\d\d.* edition\s+of\s+the\s+code", made, re.S)
+        assert re.search(r"20\d\d-\d\d-\d\d.*\sedition\s+of\s+the\s+code", made, re.S)
     for name in paper.PRESETS:
         days = {run.provenance.date[:10] for run in paper.results(name).runs}
         assert all(day in paper.made(name) for day in days)

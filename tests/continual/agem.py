@@ -1,8 +1,4 @@
-"""A method that the library does not have, as a user would write one: A-GEM.
-
-Where a step would raise the loss on what is remembered of earlier tasks, the gradient
-is projected so that it does not (Chaudhry et al. 2019, equation 11).
-"""
+"""A-GEM, a method that the library does not have, as a user would write it."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +25,16 @@ def _hooks(settings, problem):
         return memory, jax.tree.map(lambda g, o: g - share * o, gradients, old)
 
     def end_of_task(memory, end, sample, key):
-        # Examples repeat if the sample has fewer.
-        shaped = lambda a: jnp.resize(a, (count, *a.shape[1:]))  # noqa: E731
-        return jax.tree.map(shaped, sample), end
+        places = jnp.arange(count) % len(sample.y)
+        return jax.tree.map(lambda a: a[places], sample), end
 
     return Hooks(init, gradients=gradients, end_of_task=end_of_task)
 
 
-AGEM = Part("A-GEM", {"remembered": continual.Setting(64, integer=True)}, _hooks)
+AGEM = Part(
+    "A-GEM, Chaudhry et al. 2019, equation 11",
+    {"remembered": continual.Setting(64, integer=True)},
+    _hooks,
+)
 SGD = Part("SGD", {"learning_rate": continual.Setting(0.1, 1e-3, 1.0)}, optax.sgd)
 METHOD = compose("a-gem", SGD, [AGEM])

@@ -104,12 +104,10 @@ def test_nor_on_other_settings(digits):
 
 def test_side_by_side_on_an_accelerator(digits, monkeypatch):
     """There a fixed number of runs is vectorised; the last group is filled up."""
-    plain = _run(digits, ["replay+classp"], seeds=range(3))
+    plain = _run(digits, ["replay"], seeds=range(3))
     for module in ("experiment", "side_by_side"):
         monkeypatch.setattr(f"classp_jax.continual.train.{module}.width", lambda: 2)
-    side_by_side = [
-        _run(digits, ["replay+classp"], seeds=seeds) for seeds in (range(3), [2])
-    ]
+    side_by_side = [_run(digits, ["replay"], seeds=seeds) for seeds in (range(3), [2])]
     for a, b in zip(plain.runs, side_by_side[0].runs, strict=True):
         np.testing.assert_allclose(a.matrix[1:], b.matrix[1:], atol=4 / 360)
         np.testing.assert_allclose(a.update_density, b.update_density, atol=0.01)

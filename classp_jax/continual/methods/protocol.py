@@ -98,8 +98,9 @@ class Functions(NamedTuple):
     step: Callable[[Any, Any, Batch, jax.Array], tuple[Any, Any, Metrics]]
     """``step(params, state, batch, key)``: new weights and state, and metrics."""
     end_of_task: Callable[[Any, Any, Batch, jax.Array], tuple[Any, Any]] | None = None
-    """``end_of_task(params, state, sample, key)``: new weights and state. ``sample``
-    holds random examples of the task that ended. None: nothing happens there."""
+    """``end_of_task(params, state, sample, key)``: new weights and state, between two
+    tasks. ``sample`` holds random examples of the one that ended. None: nothing happens
+    there."""
 
 
 class Method(NamedTuple):

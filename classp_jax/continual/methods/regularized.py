@@ -11,7 +11,7 @@ from classp_jax import regularizers
 from classp_jax.continual.methods.compose import Hooks, Part, TaskEnd
 from classp_jax.continual.methods.protocol import Batch, Problem, Setting
 
-_FISHER_BATCH = 100
+_FISHER_BATCH = 32
 
 
 def _hooks(

@@ -28,10 +28,11 @@ def advance(
 
 
 def end_task(group: Sequence[Track], task: int) -> None:
-    """What the method does where a task ends."""
+    """What the method does between two tasks."""
     ending = group[0].executables.end_of_task
     states = [track.state for track in group]
-    if ending is not None:
+    last = task == len(group[0].plan.steps) - 1
+    if ending is not None and not last:
         with _clock(group):
             states = ending([track.ending(task) for track in group])
             jax.block_until_ready(states)

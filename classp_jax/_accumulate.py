@@ -1,6 +1,7 @@
 """How far weights move: generalized AdaGrad scaling and its accumulator."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 import optax
 
 from classp_jax._arrays import (
-    float_arrays,
     kept,
     magnitude,
     require_same_shapes,
+    transform,
+    whole_size,
     whole_sum,
-    wide_zeros,
     working_dtype,
 )
 from classp_jax._hyperparams import (
@@ -173,76 +174,80 @@ def scale_by_generalized_adagrad(
 
     .. seealso:: :func:`classp`, :func:`optax.scale_by_rss`
     """
-    rule = Accumulation.checked(power, eps, prior, window, eps_unit, accumulator_dtype)
+    rule = Accumulation(power, eps, prior, window, eps_unit, accumulator_dtype)
     return masked_scaling(
         lambda g, count: True, rule, scaling=scaling, include_current=include_current
     )
 
 
-class Accumulation(NamedTuple):
+class Accumulation:
     """How an accumulator grows, and what epsilon is worth: checked arguments."""
 
-    power: Any
-    eps: Any
-    prior: Any
-    window: Any
-    eps_unit: str | None
-    dtype: Any
-
-    @classmethod
-    def checked(
-        cls,
+    def __init__(
+        self,
         power: Any,
         eps: Any,
-        prior: Any,
-        window: Any,
-        eps_unit: Any,
-        accumulator_dtype: Any,
-    ) -> "Accumulation":
-        """The arguments of the public transforms; ValueError, TypeError as they say."""
-        return cls(
-            positive("power", power),
-            non_negative("eps", eps),
-            non_negative("prior", prior),
-            window_length(window),
-            one_of("eps_unit", eps_unit, (None, "leaf", "tree")),
-            float_dtype("accumulator_dtype", accumulator_dtype),
-        )
+        prior: Any = 0.0,
+        window: Any = None,
+        eps_unit: str | None = None,
+        accumulator_dtype: Any = None,
+    ):
+        self.power = positive("power", power)
+        self.eps = non_negative("eps", eps)
+        self.prior = non_negative("prior", prior)
+        self.window = None if window is None else window_length("window", window)
+        self.eps_unit = one_of("eps_unit", eps_unit, (None, "leaf", "tree"))
+        self.dtype = float_dtype("accumulator_dtype", accumulator_dtype)
+
+    def dtype_of(self, leaf: Any) -> Any:
+        """The dtype of a parameter's accumulator."""
+        return self.dtype or working_dtype(leaf)
+
+    def term(self, size: jax.Array) -> jax.Array:
+        """What a gradient of this magnitude adds."""
+        return power_of_magnitude(size, self.power)
+
+    stored = staticmethod(stored_sum)
 
     def init(self, params: optax.Params) -> ScaleByGeneralizedAdagradState:
         """Empty accumulators."""
-        params = float_arrays(params, "parameter")
         return ScaleByGeneralizedAdagradState(
             count=jnp.zeros([], jnp.int32),
-            accumulator=wide_zeros(params, self.dtype),
+            accumulator=jax.tree.map(
+                lambda w: jnp.zeros_like(w, dtype=self.dtype_of(w)), params
+            ),
             mean_square=jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
         )
 
     def grown(
-        self,
-        gradients: Sequence[jax.Array],
-        accepted: Sequence[Any],
-        state: ScaleByGeneralizedAdagradState,
-    ) -> tuple[ScaleByGeneralizedAdagradState, list[jax.Array]]:
-        """The state after a step, and each leaf's accumulator without its gradient."""
-        old, tree = jax.tree.flatten(state.accumulator)
-        before, after = [], []
-        for i, (g, a, moves) in enumerate(zip(gradients, old, accepted, strict=True)):
+        self, gradients: Any, accepted: Any, state: ScaleByGeneralizedAdagradState
+    ) -> tuple[ScaleByGeneralizedAdagradState, Any]:
+        """The state after a step, and the accumulators without its gradients."""
+        require_same_shapes(gradients, state.accumulator)
+        leaves, tree = jax.tree.flatten(gradients)
+
+        def term(g: jax.Array, a: jax.Array, moves: Any) -> jax.Array:
             dtype = np.promote_types(working_dtype(g), a.dtype)
             # Masked before the power, as behind a mask of its own: the same roundings.
-            size = kept(moves, magnitude(g).astype(dtype))
-            term = power_of_magnitude(size, self.power)
-            start = self._before(a.astype(dtype), term, state.count)
-            before.append(start)
-            after.append(stored_sum(start, term, a.dtype, state.count, i))
+            return self.term(kept(moves, magnitude(g).astype(dtype)))
+
+        def stored(start: Any, term: Any, a: jax.Array, leaf: int) -> jax.Array:
+            return self.stored(start, term, a.dtype, state.count, leaf)
+
+        terms = jax.tree.map(term, gradients, state.accumulator, accepted)
+        before = jax.tree.map(
+            lambda a, t: self._before(a.astype(t.dtype), t, state.count),
+            state.accumulator,
+            terms,
+        )
+        numbers = tree.unflatten(range(len(leaves)))
+        after = jax.tree.map(stored, before, terms, state.accumulator, numbers)
         mean_square = jnp.asarray(state.mean_square)
-        if self.eps_unit is not None:
-            means = [_mean_square(g, mean_square) for g in gradients]
-            now = jnp.stack(means) if means else mean_square
+        if self.eps_unit is not None and leaves:
+            now = jnp.stack([_mean_square(g, mean_square) for g in leaves])
             mean_square = mean_square + (1 - _DECAY) * (now - mean_square)
-        return ScaleByGeneralizedAdagradState(
-            optax.safe_increment(state.count), tree.unflatten(after), mean_square
-        ), before
+        count = optax.safe_increment(state.count)
+        return ScaleByGeneralizedAdagradState(count, after, mean_square), before
 
     def _before(self, a: jax.Array, term: jax.Array, count: Any) -> jax.Array:
         """What the accumulator has leaked to, or the prior where it holds nothing."""
@@ -256,36 +261,32 @@ class Accumulation(NamedTuple):
         finite = jnp.minimum(term, jnp.asarray(jnp.finfo(term.dtype).max, term.dtype))
         return jnp.where(a == 0, cast(self.prior, a.dtype) * finite, a)
 
-    def eps_of_leaves(
-        self,
-        sizes: Sequence[int],
-        state: ScaleByGeneralizedAdagradState,
-        unknown: float,
-    ) -> list[Any]:
+    def eps_now(self, state: ScaleByGeneralizedAdagradState, unknown: float) -> Any:
         """Each leaf's epsilon in units of ``|g|^p``; ``unknown`` where no unit is."""
+        leaves, tree = jax.tree.flatten(state.accumulator)
         if self.eps_unit is None:
-            return [self.eps] * len(sizes)
+            return tree.unflatten([self.eps] * len(leaves))
         count = jnp.asarray(state.count).astype(jnp.float32)
-        corrected = jnp.asarray(state.mean_square) / jnp.where(
-            count > 0, -jnp.expm1(count * float(np.log(_DECAY))), jnp.ones_like(count)
-        )
+        # In the first step 0 / 0 otherwise.
+        share = -jnp.expm1(jnp.maximum(count, 1) * float(np.log(_DECAY)))
+        mean_square = jnp.asarray(state.mean_square) / share
         if self.eps_unit == "tree":
-            shares = np.asarray(sizes, np.float32) / max(sum(sizes), 1)
-            corrected = jnp.full_like(corrected, jnp.sum(corrected * shares))
+            sizes = np.asarray([whole_size(a, mean_square) for a in leaves], np.float32)
+            mean = jnp.sum(mean_square * (sizes / max(sizes.sum(), np.float32(1))))
+            mean_square = jnp.full_like(mean_square, mean)
         # A NaN is no unit, and shall show.
-        missing = corrected <= 0
-        root = jnp.sqrt(jnp.where(missing, jnp.ones_like(corrected), corrected))
+        missing = mean_square <= 0
+        root = jnp.sqrt(jnp.where(missing, jnp.ones_like(mean_square), mean_square))
         eps = cast(self.eps, jnp.float32) * power_of_magnitude(root, self.power)
-        return [*jnp.where(missing, jnp.full_like(eps, unknown), eps)]
+        return tree.unflatten([*jnp.where(missing, jnp.full_like(eps, unknown), eps)])
 
 
 def _mean_square(g: jax.Array, like: jax.Array) -> jax.Array:
     parts = [g.real, g.imag] if jnp.iscomplexobj(g) else [g]
-    share = 1 / max(g.size, 1)
+    share = 1 / max(whole_size(g, like), 1)
     # In this order, and not of |g|: XLA would write an array that is needed twice.
     squares = [(x.astype(jnp.float32) * share) * x.astype(jnp.float32) for x in parts]
-    total, size = whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
-    return total * (g.size / max(size, 1))
+    return whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
 
 
 def masked_scaling(
@@ -308,37 +309,28 @@ def masked_scaling(
     if not isinstance(include_current, bool):
         raise TypeError(f"include_current must be a bool, got {include_current!r}.")
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByGeneralizedAdagradState]:
-        del params, extra_args
-        updates = float_arrays(updates, "gradient")
-        require_same_shapes(updates, state.accumulator)
-        gradients, tree = jax.tree.flatten(updates)
-        accepted = [accept(g, state.count) for g in gradients]
+    def step(gradients: Any, state: Any) -> tuple[Any, ScaleByGeneralizedAdagradState]:
+        accepted = jax.tree.map(lambda g: accept(g, state.count), gradients)
         new_state, before = rule.grown(gradients, accepted, state)
-        divisors = jax.tree.leaves(new_state.accumulator) if include_current else before
-        # Where no unit is known yet nothing moves: it is divided by infinity.
-        epsilons = rule.eps_of_leaves([g.size for g in gradients], state, np.inf)
-        results = [
-            scaled(g, a, moves, rule.power, eps, at_step(scaling, state.count))
-            for g, a, moves, eps in zip(
-                gradients, divisors, accepted, epsilons, strict=True
-            )
-        ]
+        scaling_now = at_step(scaling, state.count)
+        updates = jax.tree.map(
+            functools.partial(scaled, power=rule.power, scaling=scaling_now),
+            gradients,
+            new_state.accumulator if include_current else before,
+            accepted,
+            # Where no unit is known yet nothing moves: it is divided by infinity.
+            rule.eps_now(state, np.inf),
+        )
         if learning_rate is not None:
             rate = at_step(learning_rate, state.count)
-            results = [-cast(rate, u.dtype) * u for u in results]
-        return tree.unflatten(results), new_state
+            updates = jax.tree.map(lambda u: -cast(rate, u.dtype) * u, updates)
+        return updates, new_state
 
-    return optax.GradientTransformationExtraArgs(rule.init, update_fn)
+    return transform(rule.init, step)
 
 
 def scaled(
-    g: jax.Array, a: jax.Array, accepted: Any, power: Any, eps: Any, scaling: Any
+    g: jax.Array, a: jax.Array, accepted: Any, eps: Any, power: Any, scaling: Any
 ) -> jax.Array:
     """``g / (a + eps)^(1/power)`` where accepted (and scaling is on), in g's dtype."""
     if isinstance(scaling, bool) and not scaling:

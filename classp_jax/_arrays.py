@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def path_name(path: Any) -> str:
@@ -58,35 +59,49 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(checked, tree)
 
 
-def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> tuple[jax.Array, float]:
-    """The sum over the whole leaf, and its size.
+def _axes_of_leaf(x: jax.Array, like: jax.Array) -> tuple[str, ...]:
+    kinds: list[Any] = [jax.typeof(x), jax.typeof(like)]
+    of_x, of_like = (kind.manual_axis_type.varying for kind in kinds)
+    return tuple(of_x - of_like)
+
+
+def whole_size(x: jax.Array, like: jax.Array) -> int:
+    """The size of the whole leaf.
 
     Inside ``jax.shard_map`` a leaf is whole over the mesh axes over which ``x`` varies
     and ``like``, a number that is kept for the leaf, does not.
     """
-    kinds: list[Any] = [jax.typeof(x), jax.typeof(like)]
-    of_x, of_like = (kind.manual_axis_type.varying for kind in kinds)
-    names = tuple(of_x - of_like)
+    return x.size * math.prod(map(jax.lax.axis_size, _axes_of_leaf(x, like)))
+
+
+def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> jax.Array:
+    """The sum over the whole leaf."""
+    names = _axes_of_leaf(x, like)
     total = jnp.sum(x, dtype=dtype)
-    size = float(x.size * math.prod(map(jax.lax.axis_size, names)))
-    return (jax.lax.psum(total, names) if names else total), size
+    return jax.lax.psum(total, names) if names else total
 
 
-def wide_zeros(tree: Any, dtype: Any = None) -> Any:
-    """Zeros of the leaves' shapes, in ``dtype`` or by default the working dtype."""
-    return jax.tree.map(
-        lambda w: jnp.zeros_like(w, dtype=dtype or working_dtype(w)), tree
-    )
+def wide_zeros(tree: Any) -> Any:
+    """Zeros of the leaves' shapes, in the working dtype."""
+    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=working_dtype(w)), tree)
 
 
-def copied(tree: Any, like: Any) -> Any:
-    """The tree in the dtypes of ``like``, in memory of its own.
+def transform(init: Any, step: Any) -> optax.GradientTransformationExtraArgs:
+    """A transform of floating-point gradients alone: ``step(gradients, state)``."""
 
-    A state that shared a buffer with the parameters could not be donated with them.
-    """
-    return jax.tree.map(
-        lambda leaf, r: jnp.array(leaf, dtype=r.dtype, copy=True), tree, like
-    )
+    def init_fn(params: optax.Params) -> Any:
+        return init(float_arrays(params, "parameter"))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        return step(float_arrays(updates, "gradient"), state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def require_same_tree(tree: Any, reference: Any, what: str = "gradients") -> None:
@@ -94,34 +109,23 @@ def require_same_tree(tree: Any, reference: Any, what: str = "gradients") -> Non
     expected, found = jax.tree.structure(reference), jax.tree.structure(tree)
     if expected != found:
         raise ValueError(
-            f"The {what} do not have the tree that the optimizer state was "
-            f"initialised for. State: {expected}. Found: {found}."
+            f"The {what} do not have the tree that is needed, such as the one that the "
+            f"optimizer state was initialised for. Needed: {expected}. Found: {found}."
         )
 
 
 def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> None:
     """Raises ValueError unless tree and shapes are those of a part of the state."""
     require_same_tree(tree, reference, what)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(tree),
-        jax.tree.leaves(reference),
-        strict=True,
-    )
-    for (path, leaf), r in pairs:
-        if jnp.shape(leaf) != jnp.shape(r):
+
+    def check(path: Any, leaf: Any, like: Any) -> None:
+        if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(
                 f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
-                f"the optimizer state was initialised for shape {jnp.shape(r)}."
+                f"{jnp.shape(like)} is needed."
             )
 
-
-def require_state(state: Any, kind: type, method: str) -> None:
-    """Raises TypeError unless the state is one of this method's."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"{method} was given a state of another transform: {kind.__name__} is "
-            f"needed, got {type(state).__name__}."
-        )
+    jax.tree_util.tree_map_with_path(check, tree, reference)
 
 
 def _is_variable(node: Any) -> bool:

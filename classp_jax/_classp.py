@@ -109,7 +109,7 @@ def classp(
     threshold = non_negative("threshold", threshold, schedule=True)
     return masked_scaling(
         lambda g, count: passes(g, at_step(threshold, count)),
-        Accumulation.checked(power, eps, prior, window, eps_unit, accumulator_dtype),
+        Accumulation(power, eps, prior, window, eps_unit, accumulator_dtype),
         scaling=scaling,
         learning_rate=learning_rate,
     )

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 from classp_jax._arrays import (
-    float_arrays,
+    kept,
     magnitude,
     require_same_tree,
+    transform,
+    whole_size,
     whole_sum,
     working_dtype,
 )
@@ -131,82 +133,53 @@ def mask_to_density(
     if not isinstance(per_leaf, bool):
         raise TypeError(f"per_leaf must be a bool, got {per_leaf!r}.")
 
-    def init_fn(params: optax.Params) -> MaskToDensityState:
-        params = float_arrays(params, "parameter")
-        return MaskToDensityState(
-            count=jnp.zeros([], jnp.int32),
-            level=jax.tree.map(lambda _: jnp.ones([], jnp.float32), params),
-        )
+    def init(params: optax.Params) -> MaskToDensityState:
+        levels = jax.tree.map(lambda _: jnp.ones([], jnp.float32), params)
+        return MaskToDensityState(jnp.zeros([], jnp.int32), levels)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, MaskToDensityState]:
-        del params, extra_args
-        updates = float_arrays(updates, "gradient")
+    def step(updates: Any, state: Any) -> tuple[Any, MaskToDensityState]:
         require_same_tree(updates, state.level)
-        leaves, tree = jax.tree.flatten(updates)
-        leaves, levels = _masked(
-            leaves,
-            jax.tree.leaves(state.level),
-            at_step(density, state.count),
-            rate,
-            per_leaf=per_leaf,
-        )
-        return tree.unflatten(leaves), MaskToDensityState(
-            optax.safe_increment(state.count), tree.unflatten(levels)
-        )
+        now = at_step(density, state.count)
+        updates, levels = _masked(updates, state.level, now, rate, per_leaf)
+        count = optax.safe_increment(state.count)
+        return updates, MaskToDensityState(count, levels)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transform(init, step)
 
 
 # Compiled once for a tree of gradients where a caller has not compiled it himself.
-@functools.partial(jax.jit, static_argnames="per_leaf", inline=True)
+@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _masked(
-    gradients: list[jax.Array],
-    levels: list[jax.Array],
-    density: Any,
-    rate: Any,
-    *,
-    per_leaf: bool,
-) -> tuple[list[jax.Array], list[jax.Array]]:
+    gradients: Any, levels: Any, density: Any, rate: Any, per_leaf: bool
+) -> tuple[Any, Any]:
     """The masked gradients and the next levels."""
-    if not gradients:
-        return [], []
     fixed, levels, density, rate = jax.lax.stop_gradient(
         (gradients, levels, density, rate)
     )
     d = jnp.clip(jnp.asarray(density, jnp.float32), 0, 1)
-    gain = jnp.asarray(rate, jnp.float32) / _POWER
-    if not per_leaf:
-        levels = [jnp.mean(jnp.stack(levels))] * len(levels)
-
-    def means(arrays: list[jax.Array]) -> list[jax.Array]:
-        return _means(arrays, levels, per_leaf=per_leaf)
-
-    roots = means([jnp.sqrt(magnitude(g)) for g in fixed])
-    kept = [
-        _exceeds_multiple(g, root, d, level)
-        for g, root, level in zip(fixed, roots, levels, strict=True)
-    ]
+    if not per_leaf and jax.tree.leaves(levels):
+        mean = jnp.mean(jnp.stack(jax.tree.leaves(levels)))
+        levels = jax.tree.map(lambda _: mean, levels)
+    roots = jax.tree.map(lambda g: jnp.sqrt(magnitude(g)), fixed)
+    roots = _means(roots, levels, per_leaf)
+    keep = jax.tree.map(
+        lambda g, root, level: _exceeds_multiple(g, root, d, level),
+        fixed,
+        roots,
+        levels,
+    )
     # Bytes, as XLA's CPU compiler would store the numbers to sum as wide as the sum.
-    shares = means([jnp.where(k, np.uint8(1), np.uint8(0)) for k in kept])
+    shares = jax.tree.map(lambda k: jnp.where(k, np.uint8(1), np.uint8(0)), keep)
+    shares = _means(shares, levels, per_leaf)
     adapts = (d > 0) & (d < 1)
-    spread = jnp.where(adapts, d * (1 - d), 1)
-    new_levels = [
-        jnp.where(
-            adapts & (root > 0) & jnp.isfinite(root),
-            jnp.maximum(level + gain * (share - d) / spread, -gain * d / spread),
-            level,
-        )
-        for level, share, root in zip(levels, shares, roots, strict=True)
-    ]
-    masked = [
-        jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(kept, gradients, strict=True)
-    ]
-    return masked, new_levels
+    gain = jnp.asarray(rate, jnp.float32) / _POWER / jnp.where(adapts, d * (1 - d), 1)
+
+    def next_level(level: jax.Array, share: jax.Array, root: jax.Array) -> jax.Array:
+        moved = jnp.maximum(level + gain * (share - d), -gain * d)
+        return jnp.where(adapts & (root > 0) & jnp.isfinite(root), moved, level)
+
+    masked = jax.tree.map(kept, keep, gradients)
+    return masked, jax.tree.map(next_level, levels, shares, roots)
 
 
 def _exceeds_multiple(
@@ -228,18 +201,16 @@ def _exceeds_multiple(
     return ~((wide <= threshold) & (wide >= -threshold))
 
 
-def _means(
-    arrays: list[jax.Array], levels: list[jax.Array], *, per_leaf: bool
-) -> list[jax.Array]:
+def _means(tree: Any, levels: Any, per_leaf: bool) -> Any:
     """For each leaf its mean, or for each that of all."""
     sums, sizes = [], []
-    for x, level in zip(arrays, levels, strict=True):
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
-        total, size = whole_sum(x, level, dtype)
-        sums.append(total)
-        sizes.append(size)
-    if per_leaf:
-        return [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
-    widest = np.result_type(*sums)
-    everything = jnp.sum(jnp.stack([total.astype(widest) for total in sums]))
-    return [everything / max(sum(sizes), 1)] * len(arrays)
+    for x, level in zip(jax.tree.leaves(tree), jax.tree.leaves(levels), strict=True):
+        dtype = np.promote_types(x.dtype, np.float32)
+        sums.append(whole_sum(x, level, dtype))
+        sizes.append(whole_size(x, level))
+    if not per_leaf and sums:
+        widest = np.result_type(*sums)
+        sums = [sum(total.astype(widest) for total in sums)] * len(sums)
+        sizes = [sum(sizes)] * len(sizes)
+    means = [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
+    return jax.tree.structure(tree).unflatten(means)

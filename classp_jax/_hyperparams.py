@@ -5,6 +5,7 @@ static, so that the compiled step is specialised to them. Arrays and tracers pas
 through unchecked. Schedules are called with the step count.
 """
 
+import functools
 import inspect
 import math
 import numbers
@@ -19,19 +20,7 @@ import optax
 Schedule: TypeAlias = Callable[[Any], Any]
 Scalar: TypeAlias = float | int | jax.Array | np.ndarray | np.generic
 ScalarOrSchedule: TypeAlias = Scalar | Schedule
-
-
-def _refuse_array_that_is_no_scalar(name: str, value: Any) -> None:
-    if jnp.ndim(value) != 0:
-        raise ValueError(
-            f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
-        )
-    if not (
-        jnp.issubdtype(value.dtype, jnp.integer)
-        or jnp.issubdtype(value.dtype, jnp.floating)
-        or jnp.issubdtype(value.dtype, jnp.bool_)
-    ):
-        raise TypeError(f"{name} must be a real number, got dtype {value.dtype}.")
+_REAL = (jnp.integer, jnp.floating, jnp.bool_)
 
 
 def checked(
@@ -55,49 +44,38 @@ def checked(
       TypeError: if ``value`` is neither a number nor an array (nor a schedule).
       ValueError: if it is a plain number that is not allowed, or no scalar.
     """
-    kinds = (
-        "a number, a schedule or a scalar array"
-        if schedule
-        else ("a number or a scalar array")
-    )
     if schedule and callable(value):
         return value
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be {kinds} ({allowed}), got {value!r}.")
-    # ml_dtypes' scalars, such as bfloat16's, are numpy's but no numbers.Real.
-    if isinstance(value, numbers.Real) or (
-        isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
-    ):
-        number = float(value)
-        if not math.isfinite(number) or not accepts(number):
-            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-        return number
     if isinstance(value, jax.Array | np.ndarray):
-        _refuse_array_that_is_no_scalar(name, value)
+        if jnp.ndim(value) != 0:
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in _REAL):
+            raise TypeError(f"{name} must be a real number, got dtype {value.dtype}.")
         return value
-    raise TypeError(
-        f"{name} must be {kinds} ({allowed}), got {value!r} of type "
-        f"{type(value).__name__}."
+    # ml_dtypes' scalars, such as bfloat16's, are numpy's but no numbers.Real.
+    is_number = isinstance(value, numbers.Real) or (
+        isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
     )
+    if not is_number or isinstance(value, bool):
+        kinds = "a number, a schedule" if schedule else "a number"
+        raise TypeError(
+            f"{name} must be {kinds} or a scalar array ({allowed}), got {value!r} of "
+            f"type {type(value).__name__}."
+        )
+    number = float(value)
+    if not math.isfinite(number) or not accepts(number):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return number
 
 
-def non_negative(name: str, value: Any, *, schedule: bool = False) -> Any:
-    """A finite number of at least 0."""
-    return checked(name, value, "finite and >= 0", lambda x: x >= 0, schedule=schedule)
+non_negative = functools.partial(
+    checked, allowed="finite and >= 0", accepts=lambda x: x >= 0
+)
+positive = functools.partial(checked, allowed="finite and > 0", accepts=lambda x: x > 0)
 
-
-def positive(name: str, value: Any) -> Any:
-    """A finite number above 0."""
-    return checked(name, value, "finite and > 0", lambda x: x > 0)
-
-
-def window_length(value: Any) -> Any:
-    """A number of steps of at least 1, or None for no window."""
-    if value is None:
-        return None
-    return checked(
-        "window", value, "finite and >= 1, or None", lambda x: x >= 1, schedule=True
-    )
+window_length = functools.partial(
+    checked, allowed="finite and >= 1, or None", accepts=lambda x: x >= 1, schedule=True
+)
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
@@ -121,19 +99,12 @@ def switch(name: str, value: Any) -> Any:
 
 def float_dtype(name: str, dtype: Any) -> np.dtype | None:
     """A real floating-point dtype, or None."""
-    if dtype is None:
-        return None
     try:
-        resolved = jnp.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be a floating-point dtype or None, got {dtype!r}."
-        ) from error
-    if not jnp.issubdtype(resolved, jnp.floating):
-        raise TypeError(
-            f"{name} must be a floating-point dtype or None, got {resolved.name}."
-        )
-    return resolved
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return dtype and jnp.dtype(dtype)
+    except TypeError:
+        pass  # no dtype at all
+    raise TypeError(f"{name} must be a floating-point dtype or None, got {dtype!r}.")
 
 
 def at_step(value: Any, count: Any) -> Any:

@@ -4,16 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from classp_jax._arrays import (
-    path_name,
+    require_same_shapes,
     unwrapped,
     working_dtype,
     wrapped_like,
 )
-from classp_jax._compiled import compiled
 from classp_jax._hyperparams import Scalar, cast, non_negative
+from classp_jax.regularizers._compiled import compiled
 
 
 def accumulate_importance(
@@ -100,15 +101,22 @@ def accumulate_importance(
     state, params, gradients, extra_args = unwrapped(
         (state, params, gradients, extra_args)
     )
-    _require_accumulators(state)
-    _require_gradients_of(params, gradients, per_example=per_example)
+    _require_fillable(state)
+    expected = params
+    if per_example:
+        lengths = [jnp.shape(g)[0] for g in jax.tree.leaves(gradients) if jnp.ndim(g)]
+        leading = lengths[:1] or [1]
+        expected = jax.tree.map(
+            lambda w: np.broadcast_to(0.0, (*leading, *jnp.shape(w))), params
+        )
+    require_same_shapes(gradients, expected, f"gradients (per_example={per_example})")
     update = optax.with_extra_args_support(tx).update
 
     def filled(state: Any, gradients: Any, params: Any, extra_args: Any) -> Any:
         _, new = update(
             gradients, state, params, **extra_args, accumulate_importance=True
         )
-        return _with_accumulators(state, new, lambda _, new: new)
+        return map_accumulators(lambda _, new: new, state, new)
 
     def filled_by_each(_: Any, state: Any, gradients: Any, *others: Any) -> Any:
         return jax.lax.scan(
@@ -122,13 +130,13 @@ def accumulate_importance(
         return new.astype(old.dtype)
 
     # Narrow accumulators are rounded once, at the end.
-    wide = _with_accumulators(state, state, lambda a, _: a.astype(working_dtype(a)))
+    wide = map_accumulators(lambda a: a.astype(working_dtype(a)), state)
     arguments = (wide, gradients, params, extra_args)
     if per_example:
         new = compiled(filled_by_each, (), *arguments)((), *arguments)
     else:
         new = filled(*arguments)
-    return wrapped_like(_with_accumulators(state, new, strengthened), original)
+    return wrapped_like(map_accumulators(strengthened, state, new), original)
 
 
 def is_accumulating(node: Any) -> bool:
@@ -136,71 +144,48 @@ def is_accumulating(node: Any) -> bool:
     return "accumulator" in getattr(type(node), "_fields", ())
 
 
-def accumulating_nodes(state: Any) -> list[Any]:
-    """Every such state within a state, those inside one another too."""
+def accumulators_in(state: Any) -> list[Any]:
+    """Every accumulator tree within a state; states may stand in one another."""
     found = []
     for node in jax.tree.leaves(state, is_leaf=is_accumulating):
         if is_accumulating(node):
-            found += [node, *accumulating_nodes(_other_fields(node))]
+            fields = node._asdict()
+            found += [fields.pop("accumulator"), *accumulators_in(fields)]
     return found
 
 
-def _other_fields(node: Any) -> dict[str, Any]:
-    return {k: v for k, v in node._asdict().items() if k != "accumulator"}
+def map_accumulators(function: Any, state: Any, *others: Any) -> Any:
+    """The state with ``function`` of its and the others' sums, leaf by leaf."""
+
+    def mapped(*nodes: Any) -> Any:
+        if not is_accumulating(nodes[0]):
+            return nodes[0]
+        fields = [node._asdict() for node in nodes]
+        sums = jax.tree.map(function, *[field.pop("accumulator") for field in fields])
+        rest = map_accumulators(function, *fields)
+        return nodes[0]._replace(accumulator=sums, **rest)
+
+    return jax.tree.map(mapped, state, *others, is_leaf=is_accumulating)
 
 
-def _with_accumulators(old: Any, new: Any, combine: Any) -> Any:
-    """The old state with ``combine(old, new)`` of every pair of accumulators in it."""
-
-    def combined(o: Any, n: Any) -> Any:
-        if not is_accumulating(o):
-            return o
-        others = _with_accumulators(_other_fields(o), _other_fields(n), combine)
-        accumulator = jax.tree.map(combine, o.accumulator, n.accumulator)
-        return o._replace(accumulator=accumulator, **others)
-
-    return jax.tree.map(combined, old, new, is_leaf=is_accumulating)
+def no_accumulator() -> ValueError:
+    """For a state that does not hold what is needed."""
+    return ValueError(
+        "This optimizer state holds no CLASSP accumulator: it does not come from "
+        "classp, protect, classp_published or scale_by_generalized_adagrad."
+    )
 
 
-def _require_accumulators(state: Any) -> None:
+def _require_fillable(state: Any) -> None:
     def is_multi_steps(node: Any) -> bool:
         return isinstance(node, optax.MultiStepsState)
 
-    if not accumulating_nodes(state):
-        raise ValueError(
-            "This optimizer state holds no CLASSP accumulator to fill: it does not "
-            "come from classp, protect, classp_published or "
-            "scale_by_generalized_adagrad."
-        )
+    if not accumulators_in(state):
+        raise no_accumulator()
     for node in jax.tree.leaves(state, is_leaf=is_multi_steps):
-        if is_multi_steps(node) and accumulating_nodes(node):
+        if is_multi_steps(node) and accumulators_in(node):
             raise ValueError(
                 "optax.MultiSteps hands on a gradient only every k-th step: fill the "
                 "accumulators of the optimizer inside it, then put its state back, "
                 "state._replace(inner_opt_state=...)."
-            )
-
-
-def _require_gradients_of(params: Any, gradients: Any, *, per_example: bool) -> None:
-    if jax.tree.structure(gradients) != jax.tree.structure(params):
-        raise ValueError(
-            "The gradients do not have the tree of the parameters. Parameters: "
-            f"{jax.tree.structure(params)}. Gradients: {jax.tree.structure(gradients)}."
-        )
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(gradients),
-        jax.tree.leaves(params),
-        strict=True,
-    )
-    examples = None
-    for (path, g), w in pairs:
-        shape, wanted = jnp.shape(g), jnp.shape(w)
-        if per_example:
-            examples = shape[:1] if examples is None else examples
-            wanted = (*(examples or ("examples",)), *wanted)
-        if shape != wanted:
-            hint = "" if per_example else "; per_example=True takes one an example"
-            raise ValueError(
-                f"The gradient of '{path_name(path)}' has shape {shape}, not {wanted}"
-                f"{hint}."
             )

@@ -1,5 +1,6 @@
 """What an optimizer state and an update tell: density, accumulator, free weights."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import path_name, unwrapped, working_dtype
-from classp_jax._importance import accumulating_nodes
+from classp_jax._importance import accumulators_in, no_accumulator
 
 
 def accumulators(state: Any) -> Any:
@@ -37,16 +38,10 @@ def accumulators(state: Any) -> Any:
       >>> print(classp_jax.accumulators(state)["w"])
       [1. 3.]
     """
-    first, *others = [node.accumulator for node in accumulating_nodes(state)] or [None]
-    if first is None:
-        raise ValueError(
-            "This optimizer state holds no CLASSP accumulator: it does not come from "
-            "classp, protect, classp_published or scale_by_generalized_adagrad."
-        )
-    tree = unwrapped(first)
-    for other in others:
-        tree = _put_together(tree, unwrapped(other), ())
-    return tree
+    trees = unwrapped(accumulators_in(state))
+    if not trees:
+        raise no_accumulator()
+    return functools.reduce(_put_together, trees)
 
 
 def mean_accumulator(state: Any, *, per_leaf: bool = False) -> Any:
@@ -138,7 +133,7 @@ def update_density(updates: Any, *, per_leaf: bool = False) -> Any:
     return _mean(unwrapped(updates), lambda u: u != 0, per_leaf=per_leaf)
 
 
-def _put_together(one: Any, other: Any, path: tuple[Any, ...]) -> Any:
+def _put_together(one: Any, other: Any, path: tuple[Any, ...] = ()) -> Any:
     """Two trees with masked places as one, where at most one of them has each leaf."""
     if isinstance(one, optax.MaskedNode):
         return other
@@ -147,14 +142,11 @@ def _put_together(one: Any, other: Any, path: tuple[Any, ...]) -> Any:
     # One level deep.
     children, tree = jax.tree_util.tree_flatten_with_path(one, lambda x: x is not one)
     others, other_tree = jax.tree.flatten(other, lambda x: x is not other)
-    if tree != other_tree:
+    if tree != other_tree or jax.tree_util.treedef_is_leaf(tree):
         raise ValueError(
-            "This optimizer state holds accumulators of different trees of parameters: "
-            "look at the state of each optimizer alone."
-        )
-    if jax.tree_util.treedef_is_leaf(tree):
-        raise ValueError(
-            f"This optimizer state holds two accumulators for '{path_name(path)}'."
+            "This optimizer state holds accumulators of different trees of parameters, "
+            f"or two accumulators for '{path_name(path)}': look at the state of each "
+            "optimizer alone."
         )
     return tree.unflatten(
         _put_together(child, theirs, (*path, *key))
@@ -163,21 +155,14 @@ def _put_together(one: Any, other: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _mean(tree: Any, value: Callable[[jax.Array], jax.Array], *, per_leaf: bool) -> Any:
+    zero = jnp.zeros([], jnp.float32)
     means = jax.tree.map(
-        lambda leaf: (
-            jnp.mean(value(leaf), dtype=jnp.float32)
-            if leaf.size
-            else jnp.zeros([], jnp.float32)
-        ),
+        lambda leaf: jnp.mean(value(leaf), dtype=jnp.float32) if leaf.size else zero,
         tree,
     )
     if per_leaf:
         return means
-    sizes = [leaf.size for leaf in jax.tree.leaves(tree)]
-    return sum(
-        (
-            mean * (size / max(sum(sizes), 1))
-            for mean, size in zip(jax.tree.leaves(means), sizes, strict=True)
-        ),
-        jnp.zeros([], jnp.float32),
-    )
+    sizes = jax.tree.map(lambda leaf: leaf.size, tree)
+    total = max(sum(jax.tree.leaves(sizes)), 1)
+    parts = jax.tree.map(lambda mean, size: mean * (size / total), means, sizes)
+    return sum(jax.tree.leaves(parts), zero)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from classp_jax._arrays import float_arrays, kept, magnitude, working_dtype
+from classp_jax._arrays import kept, magnitude, transform, working_dtype
 from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 
 
@@ -95,20 +95,13 @@ def mask_by_threshold(
     """
     threshold = non_negative("threshold", threshold, schedule=True)
 
-    def init_fn(params: optax.Params) -> MaskByThresholdState:
-        float_arrays(params, "parameter")
+    def init(params: optax.Params) -> MaskByThresholdState:
+        del params
         return MaskByThresholdState(count=jnp.zeros([], jnp.int32))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, MaskByThresholdState]:
-        del params, extra_args
-        updates = float_arrays(updates, "gradient")
+    def step(updates: Any, state: Any) -> tuple[Any, MaskByThresholdState]:
         tau = at_step(threshold, state.count)
         updates = jax.tree.map(lambda g: kept(passes(g, tau), g), updates)
         return updates, MaskByThresholdState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transform(init, step)

@@ -19,16 +19,8 @@ def power_of_magnitude(magnitude: jax.Array, power: Any) -> jax.Array:
 
     Its derivatives at 0 are 0, also where a root's or a logarithm's would be infinite.
     """
-    if isinstance(power, float):
-        if power == 1.0:
-            return magnitude
-        if power == 2.0:
-            return magnitude * magnitude
-        if power == 3.0:
-            return magnitude * (magnitude * magnitude)
-        if power == 4.0:
-            square = magnitude * magnitude
-            return square * square
+    if isinstance(power, float) and power in (1.0, 2.0, 3.0, 4.0):
+        return lax.integer_pow(magnitude, int(power))
     zero = magnitude == 0
     x = jnp.where(zero, jnp.ones_like(magnitude), magnitude)
     if isinstance(power, float) and power == 0.5:

@@ -1,5 +1,6 @@
 """CLASSP's brake on any other optimizer."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from classp_jax._accumulate import Accumulation, ScaleByGeneralizedAdagradState
-from classp_jax._arrays import float_arrays, require_same_shapes, working_dtype
+from classp_jax._accumulate import (
+    Accumulation,
+    ScaleByGeneralizedAdagradState,
+    scaled,
+)
+from classp_jax._arrays import float_arrays, working_dtype
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -17,7 +22,6 @@ from classp_jax._hyperparams import (
     positive,
     switch,
 )
-from classp_jax._powers import divide_by_root
 
 
 class ProtectState(NamedTuple):
@@ -103,14 +107,14 @@ def protect(
     .. seealso:: :func:`classp`, :func:`accumulate_importance`,
       :func:`classp_jax.regularizers.l2_to_anchor`
     """
-    rule = Accumulation.checked(
-        power, positive("eps", eps), prior, window, eps_unit, accumulator_dtype
-    )
+    positive("eps", eps)
+    rule = Accumulation(power, eps, prior, window, eps_unit, accumulator_dtype)
     frozen = switch("frozen", frozen)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> ProtectState:
-        return ProtectState(rule.init(params), inner.init(params))
+        importance = rule.init(float_arrays(params, "parameter"))
+        return ProtectState(importance, inner.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -122,41 +126,32 @@ def protect(
     ) -> tuple[optax.Updates, ProtectState]:
         gradients = float_arrays(updates, "gradient")
         old = state.importance
-        require_same_shapes(gradients, old.accumulator)
+        new, _ = rule.grown(gradients, jax.tree.map(lambda _: True, gradients), old)
         if accumulate_importance:
             extra_args["accumulate_importance"] = True
+        elif frozen is not False:
+            held = jnp.asarray(at_step(frozen, old.count)).astype(bool)
+            kept_sums = jax.tree.map(
+                functools.partial(jnp.where, held), old.accumulator, new.accumulator
+            )
+            new = new._replace(accumulator=kept_sums)
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        leaves = jax.tree.leaves(gradients)
-        new, _ = rule.grown(leaves, [True] * len(leaves), old)
-        held = False if accumulate_importance else at_step(frozen, old.count)
-        new = new._replace(accumulator=_held(held, old.accumulator, new.accumulator))
         # Where no unit is known yet nothing moves.
-        epsilons = rule.eps_of_leaves([g.size for g in leaves], old, 0.0)
-        moves, tree = jax.tree.flatten(updates)
-        sums = jax.tree.leaves(new.accumulator)
-        braked = [
-            _braked(u, a, rule.power, e)
-            for u, a, e in zip(moves, sums, epsilons, strict=True)
-        ]
-        return tree.unflatten(braked), ProtectState(new, inner_state)
+        epsilons = rule.eps_now(old, 0.0)
+        brake = functools.partial(_braked, power=rule.power)
+        braked = jax.tree.map(brake, updates, new.accumulator, epsilons)
+        return braked, ProtectState(new, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _held(held: Any, old: Any, new: Any) -> Any:
-    if isinstance(held, bool):
-        return old if held else new
-    held = jnp.asarray(held).astype(bool)
-    return jax.tree.map(lambda o, n: jnp.where(held, o, n), old, new)
-
-
-def _braked(u: jax.Array, a: jax.Array, power: Any, eps: Any) -> jax.Array:
+def _braked(u: jax.Array, a: jax.Array, eps: Any, power: Any) -> jax.Array:
     """``u * (eps / (eps + a))^(1/power)``, in u's dtype; ``u`` itself where a is 0."""
     dtype = np.promote_types(working_dtype(u), a.dtype)
     empty = a == 0
-    safe = jnp.where(empty, jnp.zeros_like(a), a).astype(dtype)
-    base = 1 + jnp.where(empty, jnp.zeros_like(safe), safe / cast(eps, dtype))
-    wide = u.astype(np.promote_types(u.dtype, dtype))
-    return divide_by_root(wide, base, power).astype(u.dtype)
+    # Twice: no 0 / 0, which an epsilon of 0 would give, in the derivative either.
+    ratio = jnp.where(empty, jnp.zeros_like(a), a).astype(dtype) / cast(eps, dtype)
+    ratio = jnp.where(empty, jnp.zeros_like(ratio), ratio)
+    return scaled(u, ratio, True, 1.0, power, True)

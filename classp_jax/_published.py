@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._accumulate import ScaleByGeneralizedAdagradState, scaled
-from classp_jax._arrays import float_arrays, kept, magnitude, require_same_shapes
+from classp_jax._accumulate import Accumulation, masked_scaling
+from classp_jax._arrays import magnitude
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -15,8 +15,6 @@ from classp_jax._hyperparams import (
     cast,
     checked,
     non_negative,
-    positive,
-    switch,
 )
 
 
@@ -82,64 +80,35 @@ def classp_published(
     """
     learning_rate = non_negative("learning_rate", learning_rate, schedule=True)
     threshold = checked("threshold", threshold, "finite", lambda _: True, schedule=True)
-    power = positive("power", power)
-    eps = non_negative("eps", eps)
-    scaling = switch("scaling", scaling)
 
-    def init_fn(params: optax.Params) -> ScaleByGeneralizedAdagradState:
-        params = float_arrays(params, "parameter")
-        return ScaleByGeneralizedAdagradState(
-            count=jnp.zeros([], jnp.int32),
-            accumulator=jax.tree.map(
-                lambda w: jnp.zeros_like(w, dtype=jnp.finfo(w.dtype).dtype),
-                params,
-            ),
-            mean_square=jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
-        )
+    def accept(g: jax.Array, count: jax.Array) -> jax.Array:
+        return _any_nonzero_square(g) > cast(at_step(threshold, count), jnp.float32)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByGeneralizedAdagradState]:
-        del params, extra_args
-        updates = float_arrays(updates, "gradient")
-        require_same_shapes(updates, state.accumulator)
-        tau = at_step(threshold, state.count)
-        scale_now = at_step(scaling, state.count)
-        rate = at_step(learning_rate, state.count)
-        gates = jax.tree.map(lambda g: _gate(g, tau), updates)
-        accumulator = jax.tree.map(
-            lambda g, a, gate: a + kept(gate, jnp.abs(g).astype(a.dtype)),
-            updates,
-            state.accumulator,
-            gates,
-        )
-        updates = jax.tree.map(
-            lambda g, a, gate: (
-                -cast(rate, g.dtype) * scaled(g, a, gate, power, eps, scale_now)
-            ),
-            updates,
-            accumulator,
-            gates,
-        )
-        return updates, ScaleByGeneralizedAdagradState(
-            optax.safe_increment(state.count), accumulator, state.mean_square
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    rule = _SumOfMagnitudes(power, eps)
+    return masked_scaling(accept, rule, scaling=scaling, learning_rate=learning_rate)
 
 
-def _gate(g: jax.Array, threshold: Any) -> jax.Array:
-    """``bool(any(g^2 != 0)) > threshold``, a scalar; NaN counts as nonzero.
+class _SumOfMagnitudes(Accumulation):
+    """Whatever the power is, in the parameter's own dtype, rounded to nearest."""
+
+    def dtype_of(self, leaf: Any) -> Any:
+        return jnp.finfo(leaf.dtype).dtype
+
+    def term(self, size: jax.Array) -> jax.Array:
+        return size
+
+    @staticmethod
+    def stored(a: jax.Array, term: jax.Array, dtype: Any, *_: Any) -> jax.Array:
+        return (a + term).astype(dtype)
+
+
+def _any_nonzero_square(g: jax.Array) -> jax.Array:
+    """1.0 if ``g^2 != 0`` anywhere, else 0.0; NaN counts as nonzero.
 
     The square is not computed: where it would underflow depends on whether the device
     keeps subnormal numbers, and PyTorch on a CPU does.
     """
-    size = magnitude(g)
     smallest = float(jnp.finfo(g.dtype).smallest_subnormal)
     # g^2 rounds to 0 exactly up to the root of half the smallest subnormal number.
     bound = (smallest / 2) ** 0.5
-    any_nonzero = jnp.any(~(size <= bound))
-    return any_nonzero.astype(jnp.float32) > cast(threshold, jnp.float32)
+    return jnp.any(~(magnitude(g) <= bound)).astype(jnp.float32)

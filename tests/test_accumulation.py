@@ -41,12 +41,14 @@ def reference(
     """Updates and accumulators of every step, by the formulas, in float64."""
     names = list(gradients)
     sums = {n: np.zeros(g.shape[1:]) for n, g in gradients.items()}
-    squares = dict.fromkeys(names, 0.0)
+    squares: dict[str, Any] = dict.fromkeys(names, 0.0)
     updates: dict[str, list[Any]] = {n: [] for n in names}
     stored: dict[str, list[Any]] = {n: [] for n in names}
     for t in range(len(next(iter(gradients.values())))):
         sizes = {n: gradients[n][0].size for n in names}
-        units = {n: np.sqrt(squares[n] / (1 - 0.99**t)) if t else 0.0 for n in names}
+        units: Any = {
+            n: np.sqrt(squares[n] / (1 - 0.99**t)) if t else 0.0 for n in names
+        }
         if eps_unit == "tree":
             total = sum(units[n] ** 2 * sizes[n] for n in names) / sum(sizes.values())
             units = dict.fromkeys(names, np.sqrt(total))
@@ -56,7 +58,8 @@ def reference(
             term = np.where(taken, np.abs(g) ** power, 0)
             before = sums[n]
             if window is not None:
-                before = before * (1 - 1 / (window(t) if callable(window) else window))
+                steps: Any = window(t) if callable(window) else window
+                before = before * (1 - 1 / steps)
             before = np.where(before == 0, prior * term, before)
             sums[n] = before + term
             divisor = sums[n] if include_current else before
@@ -140,7 +143,7 @@ def test_traced_window_and_power():
         )
 
     found = traced(*(jnp.float32(x) for x in (1.3, 2.0, 0.5, 6.0)))
-    options = {"power": 1.3, "eps": 2.0, "prior": 0.5, "window": 6.0}
+    options: dict[str, Any] = {"power": 1.3, "eps": 2.0, "prior": 0.5, "window": 6.0}
     check(found, reference(GRADIENTS, eps_unit="leaf", **options), rtol=1e-4)
 
 
@@ -304,9 +307,10 @@ def test_the_brake_sums_raw_gradients_and_is_in_0_to_1():
     inner = optax.adamw(0.1)
     braked: Any = classp_jax.protect(inner, 2.0, 0.5, eps_unit="leaf")
     params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), GRADIENTS)
+    free: Any
     state, plain = braked.init(params), inner.init(params)
     _, wanted = reference(GRADIENTS, power=2.0)
-    squares = {n: 0.0 for n in SHAPES}
+    squares: dict[str, Any] = {n: 0.0 for n in SHAPES}
     for t in range(5):
         g = jax.tree.map(lambda g, t=t: jnp.asarray(g[t]), GRADIENTS)
         # optax.adamw mixes dtypes.
@@ -351,7 +355,7 @@ def test_pull_inside_the_brake_is_the_stated_step():
     )
     rng = np.random.default_rng(5)
     start = rng.normal(size=8)
-    params = jnp.asarray(start, jnp.float32)
+    params: Any = jnp.asarray(start, jnp.float32)
     state = tx.init(params)
     w, a = start.copy(), np.zeros(8)
     for _ in range(30):
@@ -397,7 +401,7 @@ def loss_after_two_steps(numbers: dict[str, Any], scale: Any, power: Any) -> Any
     g = scale * jnp.asarray([0.7, 0.0, -1.2, 0.05])
     h = scale * jnp.asarray([0.4, 0.0, 0.0, -0.3])
     tx = classp_jax.classp(RATE, power=power, **numbers)
-    w = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    w: Any = jnp.asarray([1.0, 2.0, 3.0, 4.0])
     state = tx.init(w)
     for gradient in (g, h):
         updates, state = tx.update(gradient, state)

@@ -241,24 +241,28 @@ def test_it_is_compiled_once_for_many_calls():
 @pytest.mark.parametrize(
     ("changed", "per_example", "message"),
     [
-        ({"w": jnp.ones((5, 4))}, False, "do not have the tree of the parameters"),
-        ({"b": jnp.ones((2, 3))}, False, r"'b' has shape \(2, 3\), not \(3,\); per_ex"),
-        ({"w": jnp.ones((5, 4))}, True, r"'w' has shape \(5, 4\), not \(12, 5, 4\)"),
-        ({"b": jnp.ones((2, 3))}, True, r"'w' has shape \(12, 5, 4\), not \(2, 5, 4\)"),
-        ({"b": jnp.float32(1)}, True, r"'b' has shape \(\), not \('examples', 3\)"),
+        ({"w": jnp.ones((5, 4))}, False, "do not have the tree that is needed"),
+        (
+            {"b": jnp.ones((2, 3))},
+            False,
+            r"'b' has shape \(2, 3\), but \(3,\) is needed",
+        ),
+        ({"w": jnp.ones((5, 4))}, True, r"'w' has shape \(5, 4\), but \(12, 5, 4\)"),
+        ({"b": jnp.ones((2, 3))}, True, r"'w' has shape \(12, 5, 4\), but \(2, 5, 4\)"),
+        ({"b": jnp.float32(1)}, True, r"'b' has shape \(\), but \(12, 3\)"),
     ],
 )
 def test_gradients_that_do_not_fit(changed, per_example, message):
     tx: Any = classp_jax.classp(0.1)
     whole = GRADIENTS if per_example else at(0)
-    bad = changed if "tree of" in message else whole | changed
+    bad = changed if "the tree" in message else whole | changed
     with pytest.raises(ValueError, match=message):
         fill(tx, tx.init(PARAMS), PARAMS, bad, per_example=per_example)
 
 
 def test_states_that_cannot_be_filled():
     adam = optax.adam(0.1)
-    with pytest.raises(ValueError, match="holds no CLASSP accumulator to fill"):
+    with pytest.raises(ValueError, match="holds no CLASSP accumulator"):
         fill(adam, adam.init(PARAMS), PARAMS, at(0))
     # It would hand on nothing, and the accumulators would stay empty.
     tx = optax.MultiSteps(classp_jax.classp(0.1), 4).gradient_transformation()

@@ -290,3 +290,55 @@ def test_fisher_of_sharded_examples_and_parameters(axis_type, layout, jit):
                 if axis_type == AxisType.Explicit or not jit:
                     sharding = NamedSharding(mesh, spec)
                     assert actual[name].sharding.is_equivalent_to(sharding, 2)
+
+
+# What needs a mean over a whole leaf, or an optimizer inside.
+ACCUMULATING = {
+    "leaf": classp_jax.classp(0.1, 3e-4, eps=4.0, eps_unit="leaf"),
+    "tree": classp_jax.classp(0.1, 3e-4, 2.0, eps=4.0, eps_unit="tree"),
+    "window_tree": classp_jax.classp(0.1, eps_unit="tree", window=9.0, prior=0.5),
+    "protect_leaf": classp_jax.protect(optax.sgd(0.1), eps=4.0, eps_unit="leaf"),
+    "protect_tree": classp_jax.protect(
+        optax.trace(0.9), 2.0, eps_unit="tree", window=9.0
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["jit", "explicit", "shard_map"])
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_units_are_of_the_whole_leaf(name: str, place: str):
+    tx: Any = ACCUMULATING[name]
+    kind = AxisType.Auto if place == "jit" else AxisType.Explicit
+    mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(kind,))
+    layout = {"w": P("x"), "b": P()}
+    rng = np.random.default_rng(4)
+    # Shards of very different scale, beside a leaf that every device has.
+    g = {
+        "w": rng.normal(size=(3, 16, 5)) * np.exp(np.arange(16.0))[:, None],
+        "b": 100 * rng.normal(size=(3, 7)),
+    }
+    g = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
+    first = jax.tree.map(lambda x: x[0], g)
+    specs = jax.tree.map(
+        lambda leaf: layout["w"] if leaf.shape == (16, 5) else P(), tx.init(first)
+    )
+    update = tx.update
+    if place == "shard_map":
+        update = jax.shard_map(
+            tx.update, mesh=mesh, in_specs=(layout, specs), out_specs=(layout, specs)
+        )
+    update = jax.jit(update)
+
+    def put(tree: Any, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
+        )
+
+    state, alone = put(tx.init(first), specs), tx.init(first)
+    for t in range(3):
+        now = jax.tree.map(lambda x, t=t: x[t], g)
+        with jax.set_mesh(mesh):
+            updates, state = update(put(now, layout), state)
+        expected, alone = tx.update(now, alone)
+        assert_close((updates, state), (expected, alone), rtol=1e-5)
+        assert updates["w"].sharding.spec[0] == "x"

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from classp_jax._arrays import float_arrays, wide_zeros, working_dtype
-from classp_jax._compiled import compiled
+from classp_jax.regularizers._compiled import compiled
 
 _KINDS = ("exact", "sampled", "empirical")
 

@@ -16,6 +16,25 @@ def hyperparameter_array(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.result_type(float))
 
 
+def copied(tree: Any, like: Any) -> Any:
+    """The tree in the dtypes of ``like``, in memory of its own.
+
+    A state that shared a buffer with the parameters could not be donated with them.
+    """
+    return jax.tree.map(
+        lambda leaf, r: jnp.array(leaf, dtype=r.dtype, copy=True), tree, like
+    )
+
+
+def require_state(state: Any, kind: type, method: str) -> None:
+    """Raises TypeError unless the state is one of this method's."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{method} was given a state of another transform: {kind.__name__} is "
+            f"needed, got {type(state).__name__}."
+        )
+
+
 def matched(what: str, tree: Any, reference: Any) -> Any:
     """``tree`` without what ``reference`` masks out, checked against its shapes.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import copied, float_arrays, require_state, wide_zeros
+from classp_jax._arrays import float_arrays, wide_zeros
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -15,9 +15,11 @@ from classp_jax._hyperparams import (
     positive,
 )
 from classp_jax.regularizers._penalty import (
+    copied,
     hyperparameter_array,
     matched,
     pulled,
+    require_state,
     required,
 )
 

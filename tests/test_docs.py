@@ -193,6 +193,40 @@ def test_the_paper_s_words_hold(paper):
     assert max(digits, key=lambda v: digits[v]["validation"]) == "relative threshold"
 
 
+def test_the_paper_s_numbers_in_words_hold(paper):
+    """Budgets, seeds and sizes that its sentences name."""
+    budgets = {
+        "mnist-fashion": 10,
+        "phrasebank-imdb": 8,
+        "mnist-fashion-mlp": 20,
+        "permuted-mnist": 20,
+        "split-mnist-class": 20,
+    }
+    assert budgets.keys() == paper.TUNED.keys()
+    for name, budget in budgets.items():
+        made = paper.studies.trials(name)
+        assert {len(trials) for trials in made.values()} == {budget}, name
+        untuned = set(presets.load(name).methods) - set(made)
+        # The study's variant, with a budget of its own.
+        assert untuned <= {"classp-prior"}, name
+        for _ in untuned:
+            variant = paper.studies.study(name)["own prior"]
+            assert len(variant["tries"]) == budget
+            found = presets.load(name).settings["classp-prior"]
+            assert found["prior"] == variant["settings"]["own_prior"]
+    assert set(presets.sizes()) - {"digits"} <= set(paper.PRESETS)
+    old = [name for name in paper.PRESETS if paper.first_edition(name)]
+    assert {paper.seeds(name) for name in old} <= {"0 to 2"}
+    settings = presets.load("mnist-fashion").settings
+    ratio = settings["ewc+classp"]["strength"] / settings["ewc"]["strength"]
+    assert 200 < ratio < 1000
+    settings = presets.load("split-mnist-class").settings
+    for method in ("sgd", "adagrad", "classp"):
+        assert settings[method]["learning_rate"] < 0.0015
+    si = paper.of("mnist-fashion", "si")[0]
+    assert round(si.state_bytes_per_parameter) == 20
+
+
 def test_the_study_s_words_follow_from_its_intervals(paper):
     words = {
         name: paper.studies.variant_difference("permuted-digits", name).word

@@ -100,7 +100,7 @@ def protect(
       ...     optimizer, optimizer.init(params), params, old_gradients
       ... )
       >>> updates, state = optimizer.update(jnp.array([2.0, 2.0]), state, params)
-      >>> print(updates)
+      >>> print(updates.round(3))
       [-0.01 -0.1 ]
 
     .. seealso:: :func:`classp`, :func:`accumulate_importance`,

@@ -1,26 +1,53 @@
 """Writes docs/paper.md from its template and the stored results, and its picture.
 
 Run ``python docs/paper/render.py`` (extra ``dev``). No number of the page is typed:
-``paper.template.md`` is a Jinja2 template that calls the functions below.
+``paper.template.md`` is a Jinja2 template that calls the functions below and those of
+``studies.py``.
 """
 
 import functools
-import json
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
+import studies
+from formatting import interval, joined, period, spread, table
 
 from classp_jax.continual.results import Results, Run, load
 from classp_jax.continual.results.statistics import Difference, paired_difference
 
 FOLDER = pathlib.Path(__file__).parent
+
 PAGE = FOLDER.parent / "paper.md"
+
 TEMPLATE = FOLDER / "paper.template.md"
+
+LONGER = {
+    "mnist-fashion-mlp": "MNIST → Fashion-MNIST",
+    "permuted-mnist": "permuted",
+    "rotated-mnist": "rotated",
+    "split-mnist-task": "split (task-incremental)",
+    "split-mnist-class": "split (class-incremental)",
+}
+
+PRESETS = (
+    "mnist-fashion",
+    "mnist-fashion-published",
+    "mnist-fashion-published-flax",
+    "phrasebank-imdb",
+    *LONGER,
+)
+
+TUNED = {
+    "mnist-fashion": "vision",
+    "phrasebank-imdb": "sentiment",
+    "mnist-fashion-mlp": "vision with the MLP",
+    "permuted-mnist": "permuted",
+    "split-mnist-class": "split (class-incremental)",
+}
+"""The streams on which every method's settings were tuned."""
 
 
 @functools.cache
@@ -38,7 +65,11 @@ def seeds(name: str) -> str:
 
 
 def first_edition(name: str) -> bool:
-    """Whether a preset's results were made before the experiments were rebuilt."""
+    """Whether a preset's results were made before the experiments were rebuilt.
+
+    Such a file was brought into today's format; what has no place there is kept in its
+    configuration.
+    """
     return "first_edition" in results(name).configuration
 
 
@@ -48,12 +79,8 @@ def editions() -> str:
         [f"`{name}`" for name in PRESETS if first_edition(name) is first]
         for first in (True, False)
     )
-    text = f"those of {_and([*old, 'the studies'])} were made with the first edition"
-    return text + (f", those of {_and(new)} with this one" if new else "")
-
-
-def _and(texts: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+    text = f"those of {joined([*old, 'the studies'])} were made with the first edition"
+    return text + (f", those of {joined(new)} with this one" if new else "")
 
 
 def made(*names: str) -> str:
@@ -61,9 +88,7 @@ def made(*names: str) -> str:
     origins: dict[str, list[str]] = {}
     for name in names:
         runs = results(name).runs
-        days = " to ".join(
-            dict.fromkeys(_ends(run.provenance.date[:10] for run in runs))
-        )
+        days = period(run.provenance.date[:10] for run in runs)
         devices = ", ".join(dict.fromkeys(run.provenance.device for run in runs))
         versions = runs[0].provenance.versions
         edition = "the first edition" if first_edition(name) else "this edition"
@@ -74,11 +99,6 @@ def made(*names: str) -> str:
         origins.setdefault(text, []).append(f"`{name}`")
     parts = (f"{', '.join(found)}: {text}" for text, found in origins.items())
     return f"*Made:* {'; '.join(parts)}."
-
-
-def _ends(days: Iterable[str]) -> tuple[str, str]:
-    found = sorted(days)
-    return found[0], found[-1]
 
 
 def of(name: str, method: str) -> list[Run]:
@@ -103,20 +123,6 @@ def values(name: str, method: str, what: str | int = "average") -> np.ndarray:
 def diverged(name: str, method: str) -> int:
     """How many seeds diverged."""
     return sum(run.diverged for run in of(name, method))
-
-
-def spread(numbers: Sequence[float] | np.ndarray) -> str:
-    """Mean and sample standard deviation; of a seed that diverged, that it did."""
-    numbers = np.asarray(numbers, float)
-    known = numbers[~np.isnan(numbers)]
-    if not len(known):
-        return "diverged"
-    text = f"{known.mean():.1f}"
-    if len(known) > 1:
-        text += f" ± {known.std(ddof=1):.1f}"
-    if len(known) < len(numbers):
-        text += f" ({len(numbers) - len(known)} of {len(numbers)} seeds diverged)"
-    return text
 
 
 def count(name: str) -> int:
@@ -156,14 +162,6 @@ def difference(name: str, method: str, reference: str = "classp") -> Difference:
     if any(np.isnan(list(numbers.values())).any() for numbers in by_seed):
         return Difference(np.nan, np.nan, np.nan, 0)
     return paired_difference(*([numbers[s] for s in shared] for numbers in by_seed))
-
-
-def interval(found: Difference) -> str:
-    """A difference with its interval and its word; a dash where there is none."""
-    if not found.word:
-        return "-"
-    half = (found.high - found.low) / 2
-    return f"{found.mean:+.1f} ± {half:.1f}, {found.word}"
 
 
 def against(name: str, method: str, reference: str = "classp") -> str:
@@ -213,16 +211,10 @@ def by_stream(names: dict[str, str], method: str, reference: str) -> str:
         if {method, reference} <= set(methods(name)):
             groups[difference(name, method, reference).word].append(title)
     return "; ".join(
-        f"{word or 'not compared, as a seed diverged,'} on {_and(found)}"
+        f"{word or 'not compared, as a seed diverged,'} on {joined(found)}"
         for word, found in groups.items()
         if found
     )
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns but the first are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def methods(name: str) -> list[str]:
@@ -318,137 +310,6 @@ def memory(name: str) -> str:
     )
 
 
-@functools.cache
-def study(stream: str) -> dict[str, Any]:
-    """What the first edition's study of a stream found, by variant."""
-    return json.loads((FOLDER / f"study-{stream}.json").read_text(encoding="utf-8"))
-
-
-def made_study(*streams: str) -> str:
-    """When and on what the studies were made, and with how many seeds."""
-    found = [variant for stream in streams for variant in study(stream).values()]
-    days = " to ".join(dict.fromkeys(_ends(variant["date"] for variant in found)))
-    devices = ", ".join(sorted({variant["device"] for variant in found}))
-    (count,) = {len(variant["average"]) for variant in found}
-    return (
-        f"*Made:* {days}, the first edition of the code, {devices}, {count} seeds "
-        f"(0 to {count - 1})."
-    )
-
-
-def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
-    """A table of the study: every variant on every stream."""
-    titles = {
-        "validation": "validation",
-        "average": "average",
-        "against": f"against `{PLAIN}`",
-        "first": "first task",
-        "last": "last task",
-        "density": "density",
-    }
-    return table(
-        ["Variant", *(f"{s}: {titles[k]}" for s in streams for k in keys)],
-        ([v, *(variant(s, v, k) for s in streams for k in keys)] for v in chosen),
-    )
-
-
-def ran(stream: str, chosen: Sequence[str]) -> list[str]:
-    """Those of the variants that were run on a stream."""
-    return [name for name in chosen if name in study(stream)]
-
-
-def variant(stream: str, name: str, key: str = "average") -> str:
-    """One number of a variant in %: mean and deviation over seeds, or the best trial.
-
-    A dash is a variant that was not run on this stream.
-    """
-    if name not in study(stream):
-        return "-"
-    if key == "against":
-        return (
-            "reference" if name == PLAIN else interval(variant_difference(stream, name))
-        )
-    return spread(variant_values(stream, name, key))
-
-
-def variant_values(stream: str, name: str, key: str = "average") -> np.ndarray:
-    """One number a seed, in %; of the trials, the best one."""
-    return 100 * np.atleast_1d(study(stream)[name][key])
-
-
-def variant_difference(stream: str, name: str) -> Difference:
-    """The paired difference of a variant to plain CLASSP, in points."""
-    own, other = (variant_values(stream, v).tolist() for v in (name, PLAIN))
-    return paired_difference(own, other)
-
-
-def gap(name: str, stream: str = "permuted-digits") -> str:
-    """How far a variant is from CLASSP without a threshold, for a sentence."""
-    found = variant_difference(stream, name)
-    return (
-        f"{found.mean:+.1f} ± {(found.high - found.low) / 2:.1f} points, {found.word}"
-    )
-
-
-BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
-
-
-@functools.cache
-def trials(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The stored trials of a preset's sweep or of a study, by method."""
-    path = FOLDER / name / "trials.json"
-    return json.loads(path.read_text(encoding="utf-8"))["trials"]
-
-
-def best_by_epsilon(name: str) -> list[float]:
-    """CLASSP's best validation accuracy in each range of epsilon, in %."""
-    made = trials(name)["classp"]
-    found = [
-        [t["score"] for t in made if low <= t["settings"]["eps"] < high]
-        for low, high in BUCKETS
-    ]
-    return [100 * max(accuracies, default=np.nan) for accuracies in found]
-
-
-def epsilons(names: Sequence[str]) -> str:
-    """A table of :func:`best_by_epsilon`, and what each range loses at worst."""
-    header = ["Stream", "ε < 1e-4", "1e-4 to 0.01", "0.01 to 0.3", "0.3 and more"]
-    found = {name: best_by_epsilon(name) for name in names}
-    rows = [
-        [f"`{name}`", *("-" if np.isnan(v) else f"{v:.1f}" for v in row)]
-        for name, row in found.items()
-    ]
-    worst = [f"{v:.1f}" for v in worst_loss(names)]
-    return table(header, [*rows, ["largest loss against the stream's best", *worst]])
-
-
-def chance() -> str:
-    """How CLASSP's trials with a small epsilon and a usual rate do on the CNN."""
-    found = [
-        100 * t["score"]
-        for t in trials("mnist-fashion")["classp"]
-        if t["settings"]["eps"] < 0.01 and t["settings"]["learning_rate"] > 0.01
-    ]
-    return f"{min(found):.1f} to {max(found):.1f} %" if found else "no trial"
-
-
-def worst_loss(names: Sequence[str]) -> np.ndarray:
-    """Over streams, the most that each range of epsilon loses against the best."""
-    rows = np.array([best_by_epsilon(name) for name in names])
-    return np.nanmax(np.nanmax(rows, axis=1, keepdims=True) - rows, axis=0)
-
-
-def best_trial(name: str, method: str) -> str:
-    """The best validation accuracy of a method's trials, in %."""
-    return f"{100 * max(t['score'] for t in trials(name)[method]):.1f}"
-
-
-def lost_trials(name: str, method: str) -> str:
-    """How many of a method's trials diverged."""
-    made = trials(name)[method]
-    return f"{sum(t['score'] == 0 for t in made)} of {len(made)}"
-
-
 def prior_of(name: str) -> str:
     """The settings that CLASSP with a prior ran with."""
     found = of(name, "classp-prior")[0].settings
@@ -462,7 +323,11 @@ def render(template: str) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: f"{value:.1f}" if isinstance(value, float) else value,
     )
-    blocks = environment.from_string(template).render(globals()).split("\n\n")
+    blocks = (
+        environment.from_string(template)
+        .render(vars(studies) | globals())
+        .split("\n\n")
+    )
     return "\n\n".join(map(_filled, blocks))
 
 
@@ -474,90 +339,8 @@ def _filled(block: str) -> str:
     return filled + end
 
 
-def picture(streams: Sequence[str], chosen: Sequence[str]) -> Figure:
-    """Accuracy on the first and on the last task, a point a variant."""
-    figure = Figure(figsize=(7 * len(streams), 5), layout="constrained")
-    markers = "osD^v<>Phd*X"
-    for stream, axes in zip(
-        streams, figure.subplots(1, len(streams), squeeze=False)[0], strict=True
-    ):
-        for i, name in enumerate(chosen):
-            if name not in study(stream):
-                continue
-            x, y = (variant_values(stream, name, k) for k in ("first", "last"))
-            axes.errorbar(
-                x.mean(),
-                y.mean(),
-                xerr=x.std(ddof=1),
-                yerr=y.std(ddof=1),
-                marker=markers[i % len(markers)],
-                linestyle="none",
-                elinewidth=0.8,
-                color=f"C{i % 10}",
-                label=name,
-            )
-        axes.set_title(stream)
-        axes.set_xlabel("test accuracy on the first task at the end (%)")
-        axes.set_ylabel("test accuracy on the last task (%)")
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-PLAIN = "no threshold"
-"""The variant of a study that the others are compared with."""
-
-LONGER = {
-    "mnist-fashion-mlp": "MNIST → Fashion-MNIST",
-    "permuted-mnist": "permuted",
-    "rotated-mnist": "rotated",
-    "split-mnist-task": "split (task-incremental)",
-    "split-mnist-class": "split (class-incremental)",
-}
-PRESETS = (
-    "mnist-fashion",
-    "mnist-fashion-published",
-    "mnist-fashion-published-flax",
-    "phrasebank-imdb",
-    *LONGER,
-)
-TUNED = {
-    "mnist-fashion": "vision",
-    "phrasebank-imdb": "sentiment",
-    "mnist-fashion-mlp": "vision with the MLP",
-    "permuted-mnist": "permuted",
-    "split-mnist-class": "split (class-incremental)",
-}
-"""The streams on which every method's settings were tuned."""
-
-ABLATIONS = (
-    "classp",
-    PLAIN,
-    "density",
-    "power 0.5",
-    "power 2",
-    "power 3",
-    "exclusive",
-    "scaling from task 2",
-    "accumulator reset",
-)
-REMEDIES = (
-    PLAIN,
-    "power 0.5 to 1.5",
-    "prior",
-    "own prior",
-    "share",
-    "prior and share",
-    "eps times fan-in",
-    "rate over fan-in",
-    "bound",
-    "relative threshold",
-    "relative threshold, own prior",
-)
-
 if __name__ == "__main__":
     PAGE.write_text(render(TEMPLATE.read_text(encoding="utf-8")), encoding="utf-8")
-    picture(("permuted-digits",), ABLATIONS).savefig(
+    studies.picture(("permuted-digits",), studies.ABLATIONS).savefig(
         FOLDER / "ablations.png", dpi=110, metadata={"Software": None}
     )

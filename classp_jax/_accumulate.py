@@ -326,7 +326,7 @@ def masked_scaling(
             updates = jax.tree.map(lambda u: -cast(rate, u.dtype) * u, updates)
         return updates, new_state
 
-    return transform(rule.init, step)
+    return transform(rule.init, step, ScaleByGeneralizedAdagradState)
 
 
 def scaled(

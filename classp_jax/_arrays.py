@@ -86,7 +86,16 @@ def wide_zeros(tree: Any) -> Any:
     return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=working_dtype(w)), tree)
 
 
-def transform(init: Any, step: Any) -> optax.GradientTransformationExtraArgs:
+def require_state(state: Any, kind: type, method: str) -> None:
+    """Raises TypeError unless the state is one of this method's."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{method} was given a state of another transform: {kind.__name__} is "
+            f"needed, got {type(state).__name__}."
+        )
+
+
+def transform(init: Any, step: Any, kind: type) -> Any:
     """A transform of floating-point gradients alone: ``step(gradients, state)``."""
 
     def init_fn(params: optax.Params) -> Any:
@@ -99,6 +108,7 @@ def transform(init: Any, step: Any) -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        require_state(state, kind, "The transform")
         return step(float_arrays(updates, "gradient"), state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -144,7 +144,7 @@ def mask_to_density(
         count = optax.safe_increment(state.count)
         return updates, MaskToDensityState(count, levels)
 
-    return transform(init, step)
+    return transform(init, step, MaskToDensityState)
 
 
 # Compiled once for a tree of gradients where a caller has not compiled it himself.

@@ -104,4 +104,4 @@ def mask_by_threshold(
         updates = jax.tree.map(lambda g: kept(passes(g, tau), g), updates)
         return updates, MaskByThresholdState(optax.safe_increment(state.count))
 
-    return transform(init, step)
+    return transform(init, step, MaskByThresholdState)

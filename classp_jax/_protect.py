@@ -13,12 +13,11 @@ from classp_jax._accumulate import (
     ScaleByGeneralizedAdagradState,
     scaled,
 )
-from classp_jax._arrays import float_arrays, working_dtype
+from classp_jax._arrays import float_arrays, require_state, working_dtype
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
     at_step,
-    cast,
     positive,
     switch,
 )
@@ -124,6 +123,7 @@ def protect(
         accumulate_importance: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProtectState]:
+        require_state(state, ProtectState, "protect")
         gradients = float_arrays(updates, "gradient")
         old = state.importance
         new, _ = rule.grown(gradients, jax.tree.map(lambda _: True, gradients), old)
@@ -148,10 +148,14 @@ def protect(
 
 
 def _braked(u: jax.Array, a: jax.Array, eps: Any, power: Any) -> jax.Array:
-    """``u * (eps / (eps + a))^(1/power)``, in u's dtype; ``u`` itself where a is 0."""
+    """``u * (eps / (eps + a))^(1/power)``, in u's dtype; ``u`` itself where a is 0.
+
+    An epsilon of 0 says that there is no unit for it yet.
+    """
     dtype = np.promote_types(working_dtype(u), a.dtype)
-    empty = a == 0
-    # Twice: no 0 / 0, which an epsilon of 0 would give, in the derivative either.
-    ratio = jnp.where(empty, jnp.zeros_like(a), a).astype(dtype) / cast(eps, dtype)
-    ratio = jnp.where(empty, jnp.zeros_like(ratio), ratio)
-    return scaled(u, ratio, True, 1.0, power, True)
+    eps = jnp.asarray(eps, dtype)
+    # Left out rather than divided by 0, whose derivative is not finite.
+    no_unit = eps == 0
+    ratio = a.astype(dtype) / jnp.where(no_unit, jnp.ones_like(eps), eps)
+    moves = ~no_unit | (a == 0) | ~jnp.isfinite(u)
+    return scaled(u, ratio, moves, 1.0, power, True)

@@ -331,6 +331,24 @@ def test_the_brake_sums_raw_gradients_and_is_in_0_to_1():
             )
 
 
+@pytest.mark.parametrize("unit", [None, "leaf", "tree"])
+def test_derivatives_through_the_brake_are_finite(unit):
+    tx: Any = classp_jax.protect(optax.sgd(1.0), eps=2.0, eps_unit=unit)
+    g = jnp.asarray([1.0, 0.0, -2.0])
+
+    def loss(scale: Any) -> Any:
+        state = tx.init(g)
+        total = 0.0
+        for _ in range(2):
+            updates, state = tx.update(scale * g, state)
+            total = total + jnp.sum(updates * jnp.asarray([1.0, 1.0, 3.0]))
+        return total
+
+    high, low = loss(1.01), loss(0.99)
+    found = jax.grad(loss)(1.0)
+    np.testing.assert_allclose(found, (high - low) / 0.02, rtol=1e-3, atol=1e-3)
+
+
 def test_frozen_accumulators_stay_unless_they_are_filled():
     g = jnp.asarray([2.0, 0.0])
     for frozen in (True, jnp.asarray(True), lambda step: True):

@@ -24,7 +24,13 @@ NON_NEGATIVE = ([-1.0, -1e-30, -1, np.float32(-2), NAN, INF, -INF], ">= 0")
 POSITIVE = ([0.0, 0, -0.5, np.float64(-1), np.int32(0), NAN, INF, -INF], "> 0")
 FINITE = ([NAN, INF, -INF, np.float32("nan")], "finite")
 DENSITY = ([0.0, 0, -0.1, 1.0001, 2, NAN, INF, np.float32(1.5)], "in (0, 1]")
+WINDOW = ([0.0, 0.5, 0, -1, NAN, INF], ">= 1, or None")
 SWITCH = ([0.5, 2, -1, NAN, INF], "a bool, 0 or 1")
+
+
+def protect_sgd(**arguments: Any) -> Any:
+    return classp_jax.protect(optax.sgd(0.1), **arguments)
+
 
 ARGUMENTS = {
     classp_jax.mask_by_threshold: {"threshold": (NON_NEGATIVE, True)},
@@ -35,13 +41,24 @@ ARGUMENTS = {
     classp_jax.scale_by_generalized_adagrad: {
         "power": (POSITIVE, False),
         "eps": (NON_NEGATIVE, False),
+        "prior": (NON_NEGATIVE, False),
+        "window": (WINDOW, True),
         "scaling": (SWITCH, True),
+    },
+    protect_sgd: {
+        "power": (POSITIVE, False),
+        "eps": (POSITIVE, False),
+        "prior": (NON_NEGATIVE, False),
+        "window": (WINDOW, True),
+        "frozen": (SWITCH, True),
     },
     classp_jax.classp: {
         "learning_rate": (NON_NEGATIVE, True),
         "threshold": (NON_NEGATIVE, True),
         "power": (POSITIVE, False),
         "eps": (NON_NEGATIVE, False),
+        "prior": (NON_NEGATIVE, False),
+        "window": (WINDOW, True),
         "scaling": (SWITCH, True),
     },
     classp_jax.classp_published: {
@@ -56,6 +73,7 @@ REQUIRED = {
     classp_jax.mask_by_threshold: {"threshold": 0.1},
     classp_jax.mask_to_density: {"density": 0.1},
     classp_jax.scale_by_generalized_adagrad: {},
+    protect_sgd: {},
     classp_jax.classp: {"learning_rate": 0.1},
     classp_jax.classp_published: {},
 }
@@ -70,6 +88,7 @@ WITH_STATE_LIKE_PARAMETERS = [
     classp_jax.classp,
     classp_jax.classp_published,
     classp_jax.mask_to_density,
+    protect_sgd,
 ]
 
 
@@ -103,7 +122,9 @@ def test_numbers_out_of_range(build, name, numbers, schedule):
 @pytest.mark.parametrize(("build", "name", "numbers", "schedule"), CASES, ids=name_of)
 def test_what_is_no_number(build, name, numbers, schedule):
     for value in NO_NUMBERS:
-        if value is True and name == "scaling":
+        if (value is True and numbers is SWITCH) or (
+            value is None and numbers is WINDOW
+        ):
             continue
         # A class is callable, and so passes for a schedule where one is allowed.
         if value is object and schedule:
@@ -158,7 +179,7 @@ def test_tracers_pass(build):
 
 @pytest.mark.parametrize(
     "build",
-    [classp_jax.scale_by_generalized_adagrad, classp_jax.classp],
+    [classp_jax.scale_by_generalized_adagrad, classp_jax.classp, protect_sgd],
     ids=name_of,
 )
 @pytest.mark.parametrize(
@@ -176,6 +197,26 @@ def test_accumulator_dtype(build, dtype, named):
     with pytest.raises(TypeError) as info:
         call(build, accumulator_dtype=dtype)
     says("accumulator_dtype", named, "floating-point")(info)
+
+
+@pytest.mark.parametrize("value", ["layer", "", 1, True])
+def test_units_of_epsilon(value):
+    for build in (
+        classp_jax.scale_by_generalized_adagrad,
+        classp_jax.classp,
+        protect_sgd,
+    ):
+        with pytest.raises(ValueError, match=re.escape(repr(value))) as info:
+            call(build, eps_unit=value)
+        says("eps_unit", "'leaf'", "'tree'")(info)
+
+
+def test_injected_numbers():
+    injected: Any = classp_jax.inject_hyperparams(classp_jax.classp)
+    with pytest.raises(ValueError, match="power must be finite and > 0"):
+        injected(0.1, power=0.0).init(PARAMS)
+    with pytest.raises(TypeError, match=r"'0\.1'"):
+        injected(0.1, power="0.1").init(PARAMS)
 
 
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
@@ -288,6 +329,15 @@ def test_gradients_of_another_shape(build, shape, jit):
         update(gradients, state)
     says("'a/w'", shape, (2, 3))(info)
     assert_state_unharmed(tx, state, before)
+
+
+@pytest.mark.parametrize("build", [*BUILDERS], ids=name_of)
+def test_the_state_of_another_transform(build):
+    tx = call(build)
+    for state in (optax.adam(0.1).init(PARAMS), (), optax.EmptyState(), None):
+        with pytest.raises(TypeError, match="state of another transform") as info:
+            tx.update(PARAMS, state)
+        says(type(state).__name__)(info)
 
 
 def test_accumulate_importance_raises_as_the_update():

@@ -20,7 +20,7 @@ DETERMINISTIC = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=60,
+    max_examples=40,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
 
@@ -210,7 +210,7 @@ TREES = st.recursive(
 )
 
 
-@settings(DETERMINISTIC, max_examples=25)
+@settings(DETERMINISTIC, max_examples=10)
 @given(
     tree=TREES,
     power=st.sampled_from(OWN_FORM),
@@ -332,7 +332,7 @@ def test_equals_the_chain_bit_for_bit(dtype, power):
             classp_jax.scale_by_generalized_adagrad(power, scaling=scaling),
             optax.scale_by_learning_rate(0.3),
         )
-        for wrap in (jax.jit, lambda f: f) if i == 1 else (jax.jit,):
+        for wrap in (jax.jit, lambda f: f) if i == 1 and power == 1 else (jax.jit,):
             states = one.init(g[0]), chain.init(g[0])
             updates = wrap(one.update), wrap(chain.update)
             for row in g:
@@ -506,11 +506,15 @@ def test_finite_gradients_of_other_dtypes_never_give_nan(power, dtype):
     g = jnp.asarray(g.clip(-limit, limit), dtype)
     if dtype == "complex64":
         g = g + 1j * g[::-1]
+
+    @jax.jit
+    def update(gradient: Any, state: Any, eps: Any) -> Any:
+        return classp_jax.classp(1.0, 0.0, power, eps).update(gradient, state)
+
     for eps in (0.0, 1e-5, 1e30):
-        tx: Any = classp_jax.classp(1.0, 0.0, power, eps)
-        state = tx.init(g)
+        state: Any = classp_jax.classp(1.0).init(g)
         for gradient in (g, g[::-1], g):
-            updates, state = jax.jit(tx.update)(gradient, state)
+            updates, state = update(gradient, state, jnp.float32(eps))
             assert not jnp.isnan(updates).any()
             assert not jnp.isnan(state.accumulator).any()
 
@@ -540,9 +544,10 @@ def transforms(power: Any = 1.0, eps: float = 0.0) -> dict[str, Any]:
 @pytest.mark.parametrize("name", transforms())
 def test_a_bad_gradient_shows_and_stays_in_its_place(name, dtype):
     g = jnp.asarray([2.0, -3.0, 0.0, *BAD], dtype)
-    for power in (0.5, 1.0, 1.5, 2.0, 1.7):
+    for power in (0.5, 1.0, 1.5, 2.0, 1.7) if dtype == "float32" else (1.0, 1.7):
         tx = transforms(power)[name]
-        wraps = [jax.jit, lambda f: f] if power == 1 else [jax.jit]
+        eager = power == 1 and dtype == "float32"
+        wraps = [jax.jit, lambda f: f] if eager else [jax.jit]
         for wrap in wraps:
             updates, _ = wrap(tx.update)(g, tx.init(g))
             assert np.isfinite(np.asarray(updates)[:3]).all()

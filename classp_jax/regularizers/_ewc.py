@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, wide_zeros
+from classp_jax._arrays import float_arrays, require_state, wide_zeros
 from classp_jax._hyperparams import (
     ScalarOrSchedule,
     at_step,
@@ -15,7 +15,6 @@ from classp_jax._hyperparams import (
 from classp_jax.regularizers._penalty import (
     matched,
     pulled,
-    require_state,
     required,
 )
 

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, wide_zeros
+from classp_jax._arrays import float_arrays, require_state, wide_zeros
 from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 from classp_jax.regularizers._penalty import (
     copied,
     matched,
     pulled,
-    require_state,
     required,
 )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, wide_zeros
+from classp_jax._arrays import float_arrays, require_state, wide_zeros
 from classp_jax._hyperparams import (
     Scalar,
     ScalarOrSchedule,
@@ -19,7 +19,6 @@ from classp_jax.regularizers._penalty import (
     hyperparameter_array,
     matched,
     pulled,
-    require_state,
     required,
 )
 

@@ -26,15 +26,6 @@ def copied(tree: Any, like: Any) -> Any:
     )
 
 
-def require_state(state: Any, kind: type, method: str) -> None:
-    """Raises TypeError unless the state is one of this method's."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"{method} was given a state of another transform: {kind.__name__} is "
-            f"needed, got {type(state).__name__}."
-        )
-
-
 def matched(what: str, tree: Any, reference: Any) -> Any:
     """``tree`` without what ``reference`` masks out, checked against its shapes.
 

@@ -77,11 +77,11 @@ def test_installed_from_the_wheel_it_works_from_another_folder(built, tmp_path):
     where = run("-c", "import classp_jax; print(classp_jax.__file__)")
     assert where.startswith(str(site))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    run("-W", "error", "-c", example)
+    in_a_loop, *_ = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    run("-W", "error", "-c", in_a_loop)
     small = ["--tasks", "1", "--epochs", "1", "--seeds", "0", "--points", "1"]
-    run("-m", "classp_jax", "run", *small, "--methods", "classp")
-    assert (elsewhere / "runs/permuted-digits/report.md").exists()
+    run("-m", "classp_jax", "run", *small, "--methods", "classp", "--out", "found")
+    assert (elsewhere / "found/report.md").exists()
 
 
 def test_the_version_stands_in_one_more_place_only():

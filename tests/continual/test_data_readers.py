@@ -109,7 +109,8 @@ def saved(folder: pathlib.Path, **changes: object) -> str:
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_npz_comes_back_as_it_was_saved(data, tmp_path_factory):
-    shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=5))
+    # Longer sides could look like images with the channels first, which are refused.
+    shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=4))
     dtypes = [np.float16, np.float32, np.float64]
     dtypes += [np.uint8] if len(shape) > 1 else [np.int64]
     dtype = data.draw(st.sampled_from(dtypes))

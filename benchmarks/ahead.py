@@ -55,7 +55,7 @@ _CALLS = ("call", "conditional", "while")
 
 
 class UnknownTargetError(ValueError):
-    """A target that cannot be compiled for, with what would help."""
+    """No compiler for this target is here; says what would help."""
 
 
 def mesh(target: str) -> Mesh:

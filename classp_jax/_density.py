@@ -53,7 +53,7 @@ def mask_to_density(
     r"""Keeps the larger gradients, such that a given share of the weights moves.
 
     For gradients whose scale nobody knows: instead of a threshold on the gradient, name
-    the share of weights that shall move. In each step the threshold is a multiple of
+    the share of weights to move. In each step the threshold is a multiple of
     the size of this step's gradients, so a factor on all gradients of a step changes
     nothing, however much it differs from step to step:
 
@@ -98,7 +98,7 @@ def mask_to_density(
     The gradients are read twice, once for their size and once for the mask.
 
     Args:
-      density: :math:`d`, the share of weights that shall move, in (0, 1]; a number, a
+      density: :math:`d`, the share of weights to move, in (0, 1]; a number, a
         schedule ``step -> value`` or a scalar array. A schedule may reach 0.
       per_leaf: whether each leaf has a threshold of its own, or all share one.
       rate: :math:`\eta > 0`, the gain of the controller: the log of the threshold on

@@ -132,7 +132,7 @@ def scale_by_generalized_adagrad(
         a number or a scalar array.
       window: :math:`N \ge 1`, the number of steps that are remembered, or None for
         all; a number, a schedule ``step -> value`` or a scalar array. In float32 it
-        is kept exactly up to about a million.
+        holds to 1 % up to a million.
       eps_unit: None, ``"leaf"`` or ``"tree"``: what epsilon is measured in.
       scaling: whether to divide. Off means: go on accumulating and return the gradient
         as it came. A bool, a schedule ``step -> bool`` or a scalar array.
@@ -141,7 +141,7 @@ def scale_by_generalized_adagrad(
       accumulator_dtype: dtype of :math:`A`. By default float32 for narrower
         parameters, else the parameters' real dtype. ``bfloat16`` takes half the memory:
         its sums are rounded stochastically, so that they do not stall; each is off by
-        about 4 % (root mean square), their mean over the weights is right.
+        about 5 % (root mean square), their mean over the weights is right.
 
     Returns:
       A transform whose updates have the gradients' shapes and dtypes. Its state is

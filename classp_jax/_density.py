@@ -84,7 +84,7 @@ def mask_to_density(
     parts (all of them move in every :math:`1/d`-th step). In a large leaf with a
     smooth distribution each step is near :math:`d` after some ten. If fewer than the
     wanted share are nonzero for long, all of these move; the threshold is then 0 and
-    rises as soon as there are more.
+    rises once more of them are nonzero.
 
     A leaf whose gradients are all 0 leaves its level as it is. At :math:`d = 1` all
     nonzero gradients pass, at :math:`d = 0` none; the level waits. NaN and infinite

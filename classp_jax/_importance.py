@@ -53,6 +53,10 @@ def accumulate_importance(
 
     In a loop over batches of examples, do both in one compiled function.
 
+    Accumulators in bfloat16 are summed in float32 within one call and rounded to
+    nearest at its end: give them many examples a call, as a long loop of small calls
+    stalls.
+
     With Flax NNX: ``optimizer.opt_state = accumulate_importance(optimizer.tx,
     optimizer.opt_state, nnx.state(model, nnx.Param), gradients)``. With Linen's
     ``TrainState``, give and replace its ``opt_state``.

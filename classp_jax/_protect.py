@@ -61,9 +61,9 @@ def protect(
     When to take which. To fine-tune a network that must not lose what it knows: fill
     the accumulators from old data with :func:`accumulate_importance` first, then brake
     the optimizer you would have used (``frozen=True``: what the old data says is all
-    that counts) or go on accumulating. For transformers trained from nothing on a
-    stream of tasks, the brake on Adam or RMSProp kept more than :func:`classp` did; for
-    multilayer perceptrons :func:`classp` is the better one.
+    that counts) or go on accumulating.
+    Trained from nothing on a stream of tasks, it is worth a trial where the optimizer
+    to be braked is much better than SGD; :func:`classp` is the simpler one.
 
     Args:
       inner: the optimizer to brake, any gradient transformation.

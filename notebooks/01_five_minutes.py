@@ -141,12 +141,12 @@ for name, (make, rates) in tries.items():
 # %% [markdown]
 # ## The picture
 #
-# Five new networks with each optimizer, measured on the test digits. No choice was
+# Three new networks with each optimizer, measured on the test digits. No choice was
 # made on these.
 
 # %%
 curves = {
-    name: np.array([learn_in_turn(optimizer, tasks, test, seed) for seed in range(5)])
+    name: np.array([learn_in_turn(optimizer, tasks, test, seed) for seed in range(3)])
     for name, optimizer in chosen.items()
 }  # [network, pass, task]
 
@@ -177,7 +177,7 @@ panels[0].set_ylabel("test accuracy (%)")
 panels[0].set_ylim(0, 100)
 panels[0].text(10.3, 40, "task 2 begins", rotation=90, va="center")
 panels[1].legend(loc="center right", frameon=False)
-figure.suptitle("Five networks each: mean, lowest and highest")
+figure.suptitle("Three networks each: mean, lowest and highest")
 plt.show()
 
 # %%

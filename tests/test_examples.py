@@ -3,14 +3,18 @@
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
+
+import jax
+import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-def run(name, cwd, **environment):
-    """Runs a script whole, as a newcomer would, with warnings as errors."""
+def in_its_own_process(name, cwd, **environment):
+    """Runs a script that sets JAX up, with warnings as errors."""
     # Without the eight devices that the tests ask for.
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -22,21 +26,31 @@ def run(name, cwd, **environment):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout.splitlines(), done.stderr
 
 
-def lines(name, cwd):
-    done = run(name, cwd)
-    assert not done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def lines(tmp_path, monkeypatch, capsys):
+    """Runs a script whole, as a newcomer would; what it prints, line by line."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        with jax.numpy_dtype_promotion("standard"):
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        shown = capsys.readouterr()
+        assert not shown.err
+        return shown.out.splitlines()
+
+    return run
 
 
 def percents(line):
     return [float(number) for number in re.findall(r"([\d.]+)%", line)]
 
 
-def test_plain_jax(tmp_path):
-    _, *printed = lines("plain_jax", tmp_path)
+def test_plain_jax(lines):
+    _, *printed = lines("plain_jax")
     adam, classp, (free,) = map(percents, printed)
     assert adam[0] < 70
     assert classp[0] > 80
@@ -44,28 +58,28 @@ def test_plain_jax(tmp_path):
     assert 0 < free < 20
 
 
-def test_flax_nnx(tmp_path):
-    old, new, accumulator = lines("flax_nnx", tmp_path)
+def test_flax_nnx(lines):
+    old, new, accumulator = lines("flax_nnx")
     assert min(percents(old) + percents(new)) > 85
     assert float(accumulator.split()[-1]) > 0
 
 
-def test_flax_linen(tmp_path):
-    old, new, accumulator = lines("flax_linen", tmp_path)
+def test_flax_linen(lines):
+    old, new, accumulator = lines("flax_linen")
     assert min(percents(old) + percents(new)) > 85
     assert float(accumulator.split()[-1]) > 0
 
 
-def test_per_layer(tmp_path):
-    accuracies, *layers = lines("per_layer", tmp_path)
+def test_per_layer(lines):
+    accuracies, *layers = lines("per_layer")
     assert min(percents(accuracies)) > 85
     (first,), (second,), (head,) = map(percents, layers)
     assert first > 1.5 * second
     assert second > head
 
 
-def test_frozen_backbone(tmp_path):
-    *layers, accumulators, accuracies = lines("frozen_backbone", tmp_path)
+def test_frozen_backbone(lines):
+    *layers, accumulators, accuracies = lines("frozen_backbone")
     assert layers == ["first: unchanged", "second: unchanged", "head: trained"]
     assert accumulators == "accumulators: head/bias head/kernel"
     before, after = percents(accuracies)
@@ -73,15 +87,15 @@ def test_frozen_backbone(tmp_path):
     assert after > 88
 
 
-def test_finetune(tmp_path):
-    pretrained, adamw, protected = map(percents, lines("finetune", tmp_path))
+def test_finetune(lines):
+    pretrained, adamw, protected = map(percents, lines("finetune"))
     assert pretrained[0] > 95
     assert protected[0] > adamw[0] + 10
     assert protected[1] > adamw[1] > 75
 
 
-def test_sparse_updates(tmp_path):
-    _, growing, by_growing, _, steady, by_density = lines("sparse_updates", tmp_path)
+def test_sparse_updates(lines):
+    _, growing, by_growing, _, steady, by_density = lines("sparse_updates")
     shares = percents(growing)
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 3 * shares[-1] > 0
@@ -91,24 +105,25 @@ def test_sparse_updates(tmp_path):
 
 
 def test_task_boundary(tmp_path):
-    done = run("task_boundary", tmp_path, JAX_LOG_COMPILES="1")
-    before, same, slower, sparser = map(percents, done.stdout.splitlines())
+    shown, log = in_its_own_process("task_boundary", tmp_path, JAX_LOG_COMPILES="1")
+    before, same, slower, sparser = map(percents, shown)
     assert before[0] > 93
     for old, new in (slower, sparser):
         assert same[0] - 2 < old < before[0]
         assert 75 < new < same[1]
-    assert done.stderr.count("Compiling jit(step)") == 1
+    assert log.count("Compiling jit(step)") == 1
 
 
-def test_ewc(tmp_path):
-    _, *printed = lines("ewc", tmp_path)
+def test_ewc(lines):
+    _, *printed = lines("ewc")
     alone, with_ewc = map(percents, printed)
     assert with_ewc[0] > alone[0] + 1
     assert min(with_ewc) > 85
 
 
 def test_data_parallel(tmp_path):
-    first, jit, pmap = lines("data_parallel", tmp_path)
+    (first, jit, pmap), log = in_its_own_process("data_parallel", tmp_path)
+    assert not log
     assert first.startswith("8 devices")
     assert percents(first)[0] > 85
     for line in (jit, pmap):
@@ -116,15 +131,15 @@ def test_data_parallel(tmp_path):
         assert float(line.split()[-1]) < 1e-5
 
 
-def test_orbax_checkpoint(tmp_path):
-    step, accumulator, bits = lines("orbax_checkpoint", tmp_path)
+def test_orbax_checkpoint(lines):
+    step, accumulator, bits = lines("orbax_checkpoint")
     assert step == "restored at step 500"
     assert float(accumulator.split()[-1]) > 0
     assert bits.endswith("True")
 
 
-def test_from_pytorch(tmp_path):
-    accumulator, *differences = lines("from_pytorch", tmp_path)
+def test_from_pytorch(lines):
+    accumulator, *differences = lines("from_pytorch")
     assert float(accumulator.split()[-1]) > 0
     assert len(differences) == 2
     for line in differences:

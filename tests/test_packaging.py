@@ -118,11 +118,10 @@ def test_installed_from_the_wheel_it_works_from_another_folder(built, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run("-c", "import classp_jax; print(classp_jax.__file__)")
-    assert where.startswith(str(site))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     in_a_loop, *_ = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    run("-W", "error", "-c", in_a_loop)
+    shown = run("-W", "error", "-c", f"{in_a_loop}\nprint(classp_jax.__file__)")
+    assert shown.splitlines()[-1].startswith(str(site))
     small = ["--tasks", "1", "--epochs", "1", "--seeds", "0", "--points", "1"]
     run("-m", "classp_jax", "run", *small, "--methods", "classp", "--out", "found")
     assert (elsewhere / "found/report.md").exists()

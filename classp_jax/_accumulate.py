@@ -19,8 +19,6 @@ from classp_jax._arrays import (
     working_dtype,
 )
 from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
     at_step,
     cast,
     float_dtype,
@@ -50,13 +48,13 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
 
 
 def scale_by_generalized_adagrad(
-    power: Scalar = 1.0,
-    eps: Scalar = 0.1,
+    power: jax.typing.ArrayLike = 1.0,
+    eps: jax.typing.ArrayLike = 0.1,
     *,
-    prior: Scalar = 0.0,
-    window: ScalarOrSchedule | None = None,
+    prior: jax.typing.ArrayLike = 0.0,
+    window: optax.ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    scaling: bool | ScalarOrSchedule = True,
+    scaling: bool | optax.ScalarOrSchedule = True,
     include_current: bool = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -297,9 +295,9 @@ def masked_scaling(
     accept: Callable[[jax.Array, jax.Array], Any],
     rule: Accumulation,
     *,
-    scaling: bool | ScalarOrSchedule,
+    scaling: bool | optax.ScalarOrSchedule,
     include_current: bool = True,
-    learning_rate: ScalarOrSchedule | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of the gradients for which ``accept(g, count)`` is true; 0 for others.
 
@@ -313,7 +311,7 @@ def masked_scaling(
     if not isinstance(include_current, bool):
         raise TypeError(f"include_current must be a bool, got {include_current!r}.")
 
-    def step(gradients: Any, state: Any) -> tuple[Any, ScaleByGeneralizedAdagradState]:
+    def step(gradients: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         accepted = jax.tree.map(lambda g: accept(g, state.count), gradients)
         new_state, before = rule.grown(gradients, accepted, state)
         scaling_now = at_step(scaling, state.count)

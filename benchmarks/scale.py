@@ -64,12 +64,10 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 
 
 def work() -> Iterator[tuple[str, str, str, str]]:
-    """What is to be compiled, what says most first: part, model, slice, optimizer."""
-    for place in (("update", "7B", slice_) for slice_ in SLICES):
-        yield from ((*place, name) for name in optimizers())
-    for place in STEPS:
-        yield from (("step", *place, name) for name in optimizers())
-    for place in (("update", "1B", slice_) for slice_ in SLICES):
+    """What is to be compiled, the quick ones first: part, model, slice, optimizer."""
+    updates = [("update", *place) for place in itertools.product(MODELS, SLICES)]
+    steps = [("step", *place) for place in STEPS]
+    for place in (*updates, *steps):
         yield from ((*place, name) for name in optimizers())
 
 

@@ -131,7 +131,7 @@ def mask_to_density(
         levels = jax.tree.map(lambda _: jnp.ones([], jnp.float32), params)
         return MaskToDensityState(jnp.zeros([], jnp.int32), levels)
 
-    def step(updates: Any, state: Any) -> tuple[Any, MaskToDensityState]:
+    def step(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         require_same_tree(updates, state.level)
         now = at_step(density, state.count)
         updates, levels = _masked(updates, state.level, now, rate, per_leaf)

@@ -137,3 +137,21 @@ def test_the_masks_keep_scalars_only():
     ):
         state = jax.tree.leaves(jax.eval_shape(tx.init, params))
         assert [leaf.ndim for leaf in state] == [0] * scalars
+
+
+@pytest.mark.parametrize("per_leaf", [True, False])
+@pytest.mark.parametrize("shape", [(1 << 20,), (1 << 10, 1 << 10)])
+def test_a_mask_to_density_reads_the_gradients_twice_and_stores_a_byte(shape, per_leaf):
+    """Alone, on a CPU: 4 bytes for the size; 8 to mask; 4 + 1 + 1 to count, bytewise.
+
+    Other compilers count while they mask.
+    """
+    tx: Any = classp_jax.mask_to_density(0.1, per_leaf=per_leaf)
+    g = jax.ShapeDtypeStruct(shape, jnp.float32)
+    compiled: Any = (
+        jax.jit(tx.update, donate_argnums=1)
+        .lower([g, g], jax.eval_shape(tx.init, [g, g]))
+        .compile()
+    )
+    assert compiled.cost_analysis()["bytes accessed"] / 2 / g.size <= 18.01
+    assert compiled.memory_analysis().temp_size_in_bytes / 2 / g.size <= 1.01

@@ -97,8 +97,8 @@ def scale_by_generalized_adagrad(
     before the step. In the very first step, and until a leaf has had a nonzero
     gradient, there is no unit and nothing moves; the accumulators fill. The mean is
     over the whole leaf, however it is sharded, and in :func:`classp` over masked
-    gradients, too. Gradients whose squares leave float32 (below 1e-19, above
-    1e19) have no unit.
+    gradients, too. Gradients whose squares, or their sum over a leaf, leave float32
+    (below 1e-19; above 1e19, or 1e15 in a large leaf) have no unit.
 
     **A prior** is a start without a scale: a weight's accumulator begins as if it had
     already received ``prior`` gradients of the size of its first one,
@@ -285,10 +285,11 @@ def _bounded(x: jax.Array) -> jax.Array:
 
 def _mean_square(g: jax.Array, like: jax.Array) -> jax.Array:
     parts = [g.real, g.imag] if jnp.iscomplexobj(g) else [g]
-    share = 1 / max(whole_size(g, like), 1)
-    # In this order, and not of |g|: XLA would write an array that is needed twice.
-    squares = [(x.astype(jnp.float32) * share) * x.astype(jnp.float32) for x in parts]
-    return whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
+    # Negative, and divided last: on a CPU XLA would write an array to memory that is
+    # needed twice, be it |g|^2 or a constant by which leaves of one size are divided.
+    squares = [-x.astype(jnp.float32) * x.astype(jnp.float32) for x in parts]
+    total = whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
+    return -total / max(whole_size(g, like), 1)
 
 
 def masked_scaling(

@@ -16,8 +16,11 @@ SCALARS = 4096
 
 
 def shapes(size: int) -> dict[str, Any]:
-    """Parameters as abstract arrays: nothing here is allocated or run."""
-    rows = {"a": 4, "b": 3, "c": 1}
+    """Parameters as abstract arrays: nothing here is allocated or run.
+
+    Two of them are alike, as the layers of a network are: XLA may share what both need.
+    """
+    rows = {"a": 4, "b": 2, "c": 1, "d": 1}
     return {
         name: jax.ShapeDtypeStruct((n, size // 8), jnp.float32)
         for name, n in rows.items()
@@ -73,6 +76,8 @@ def test_windows_priors_and_brakes_take_no_more(power: float):
 def test_a_unit_of_epsilon_reads_the_gradient_once_more_on_a_cpu(unit: str):
     """XLA makes no kernel with two outputs there; elsewhere the mean is free."""
     check_limits(classp_jax.classp(0.1, 1e-6, eps_unit=unit), 32)
+    # Here the accumulator needs the squares, too.
+    check_limits(classp_jax.classp(0.1, 0.0, 2.0, eps_unit=unit), 32)
     check_limits(classp_jax.protect(optax.sgd(0.1), eps_unit=unit), 32)
 
 

@@ -8,16 +8,16 @@ from classp_jax._accumulate import (
 from classp_jax._classp import classp
 from classp_jax._density import MaskToDensityState, mask_to_density
 from classp_jax._hyperparams import inject_hyperparams
-from classp_jax._importance import accumulate_importance
-from classp_jax._inspect import (
+from classp_jax._masks import MaskByThresholdState, mask_by_threshold
+from classp_jax._protect import ProtectState, protect
+from classp_jax._published import classp_published
+from classp_jax.importance import (
+    accumulate_importance,
     accumulators,
     free_fraction,
     mean_accumulator,
     update_density,
 )
-from classp_jax._masks import MaskByThresholdState, mask_by_threshold
-from classp_jax._protect import ProtectState, protect
-from classp_jax._published import classp_published
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,6 @@
 """The entry point of ``classp-jax``, also without the extra that its commands need."""
 
-import os
-import signal
 import sys
-from typing import Any
 
 
 def main() -> int:
@@ -17,19 +14,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-
-    def terminate(*_: Any) -> None:
-        raise cli.Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    status = cli.main()
-    if status in (cli.INTERRUPTED, cli.TERMINATED):
-        # XLA may still be computing in threads of its own, and an orderly exit that
-        # takes their memory away can crash.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    return cli.main_of_process()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from classp_jax._arrays import (
     working_dtype,
 )
 from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
     at_step,
     cast,
     float_dtype,
@@ -50,13 +48,13 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
 
 
 def scale_by_generalized_adagrad(
-    power: Scalar = 1.0,
-    eps: Scalar = 0.1,
+    power: jax.typing.ArrayLike = 1.0,
+    eps: jax.typing.ArrayLike = 0.1,
     *,
-    prior: Scalar = 0.0,
-    window: ScalarOrSchedule | None = None,
+    prior: jax.typing.ArrayLike = 0.0,
+    window: optax.ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    scaling: bool | ScalarOrSchedule = True,
+    scaling: bool | optax.ScalarOrSchedule = True,
     include_current: bool = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -99,8 +97,8 @@ def scale_by_generalized_adagrad(
     before the step. In the very first step, and until a leaf has had a nonzero
     gradient, there is no unit and nothing moves; the accumulators fill. The mean is
     over the whole leaf, however it is sharded, and in :func:`classp` over masked
-    gradients, too. Gradients whose squares leave float32 (below 1e-19, above
-    1e19) have no unit.
+    gradients, too. Gradients whose squares, or their sum over a leaf, leave float32
+    (below 1e-19; above 1e19, or 1e15 in a large leaf) have no unit.
 
     **A prior** is a start without a scale: a weight's accumulator begins as if it had
     already received ``prior`` gradients of the size of its first one,
@@ -287,19 +285,20 @@ def _bounded(x: jax.Array) -> jax.Array:
 
 def _mean_square(g: jax.Array, like: jax.Array) -> jax.Array:
     parts = [g.real, g.imag] if jnp.iscomplexobj(g) else [g]
-    share = 1 / max(whole_size(g, like), 1)
-    # In this order, and not of |g|: XLA would write an array that is needed twice.
-    squares = [(x.astype(jnp.float32) * share) * x.astype(jnp.float32) for x in parts]
-    return whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
+    # Negative, and divided last: on a CPU XLA would write an array to memory that is
+    # needed twice, be it |g|^2 or a constant by which leaves of one size are divided.
+    squares = [-x.astype(jnp.float32) * x.astype(jnp.float32) for x in parts]
+    total = whole_sum(sum(squares[1:], squares[0]), like, jnp.float32)
+    return -total / max(whole_size(g, like), 1)
 
 
 def masked_scaling(
     accept: Callable[[jax.Array, jax.Array], Any],
     rule: Accumulation,
     *,
-    scaling: bool | ScalarOrSchedule,
+    scaling: bool | optax.ScalarOrSchedule,
     include_current: bool = True,
-    learning_rate: ScalarOrSchedule | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of the gradients for which ``accept(g, count)`` is true; 0 for others.
 
@@ -313,7 +312,7 @@ def masked_scaling(
     if not isinstance(include_current, bool):
         raise TypeError(f"include_current must be a bool, got {include_current!r}.")
 
-    def step(gradients: Any, state: Any) -> tuple[Any, ScaleByGeneralizedAdagradState]:
+    def step(gradients: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         accepted = jax.tree.map(lambda g: accept(g, state.count), gradients)
         new_state, before = rule.grown(gradients, accepted, state)
         scaling_now = at_step(scaling, state.count)

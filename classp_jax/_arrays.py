@@ -81,11 +81,6 @@ def whole_sum(x: jax.Array, like: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.psum(total, names) if names else total
 
 
-def wide_zeros(tree: Any) -> Any:
-    """Zeros of the leaves' shapes, in the working dtype."""
-    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=working_dtype(w)), tree)
-
-
 def require_state(state: Any, kind: type, method: str) -> None:
     """Raises TypeError unless the state is one of this method's."""
     if not isinstance(state, kind):
@@ -96,7 +91,7 @@ def require_state(state: Any, kind: type, method: str) -> None:
 
 
 def transform(init: Any, step: Any, kind: type) -> Any:
-    """A transform of floating-point gradients alone: ``step(gradients, state)``."""
+    """A transform by ``step(gradients, state, params, **extra_args)``, all checked."""
 
     def init_fn(params: optax.Params) -> Any:
         return init(float_arrays(params, "parameter"))
@@ -107,9 +102,8 @@ def transform(init: Any, step: Any, kind: type) -> Any:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
         require_state(state, kind, "The transform")
-        return step(float_arrays(updates, "gradient"), state)
+        return step(float_arrays(updates, "gradient"), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

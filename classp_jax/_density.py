@@ -18,13 +18,7 @@ from classp_jax._arrays import (
     whole_sum,
     working_dtype,
 )
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    checked,
-    positive,
-)
+from classp_jax._hyperparams import at_step, checked, positive
 
 
 class MaskToDensityState(NamedTuple):
@@ -45,10 +39,10 @@ _POWER = 8
 
 
 def mask_to_density(
-    density: ScalarOrSchedule,
+    density: optax.ScalarOrSchedule,
     *,
     per_leaf: bool = True,
-    rate: Scalar = 0.1,
+    rate: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the larger gradients, such that a given share of the weights moves.
 
@@ -137,7 +131,7 @@ def mask_to_density(
         levels = jax.tree.map(lambda _: jnp.ones([], jnp.float32), params)
         return MaskToDensityState(jnp.zeros([], jnp.int32), levels)
 
-    def step(updates: Any, state: Any) -> tuple[Any, MaskToDensityState]:
+    def step(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         require_same_tree(updates, state.level)
         now = at_step(density, state.count)
         updates, levels = _masked(updates, state.level, now, rate, per_leaf)

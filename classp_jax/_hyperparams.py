@@ -10,16 +10,13 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-Schedule: TypeAlias = Callable[[Any], Any]
-Scalar: TypeAlias = float | int | jax.Array | np.ndarray | np.generic
-ScalarOrSchedule: TypeAlias = Scalar | Schedule
 _REAL = (jnp.integer, jnp.floating, jnp.bool_)
 
 

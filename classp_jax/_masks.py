@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from classp_jax._arrays import kept, magnitude, transform, working_dtype
-from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
+from classp_jax._hyperparams import at_step, non_negative
 
 
 class MaskByThresholdState(NamedTuple):
@@ -57,7 +57,7 @@ def _cutoff(threshold: Any, dtype: Any) -> Any:
 
 
 def mask_by_threshold(
-    threshold: ScalarOrSchedule,
+    threshold: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a gradient where its square is above a threshold, else makes it 0.
 
@@ -99,7 +99,7 @@ def mask_by_threshold(
         del params
         return MaskByThresholdState(count=jnp.zeros([], jnp.int32))
 
-    def step(updates: Any, state: Any) -> tuple[Any, MaskByThresholdState]:
+    def step(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         tau = at_step(threshold, state.count)
         updates = jax.tree.map(lambda g: kept(passes(g, tau), g), updates)
         return updates, MaskByThresholdState(optax.safe_increment(state.count))

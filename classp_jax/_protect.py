@@ -13,14 +13,8 @@ from classp_jax._accumulate import (
     ScaleByGeneralizedAdagradState,
     scaled,
 )
-from classp_jax._arrays import float_arrays, require_state, working_dtype
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    positive,
-    switch,
-)
+from classp_jax._arrays import transform, working_dtype
+from classp_jax._hyperparams import at_step, positive, switch
 
 
 class ProtectState(NamedTuple):
@@ -34,13 +28,13 @@ class ProtectState(NamedTuple):
 
 def protect(
     inner: optax.GradientTransformation,
-    power: Scalar = 1.0,
-    eps: Scalar = 0.1,
+    power: jax.typing.ArrayLike = 1.0,
+    eps: jax.typing.ArrayLike = 0.1,
     *,
-    prior: Scalar = 0.0,
-    window: ScalarOrSchedule | None = None,
+    prior: jax.typing.ArrayLike = 0.0,
+    window: optax.ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    frozen: bool | ScalarOrSchedule = False,
+    frozen: bool | optax.ScalarOrSchedule = False,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brakes any optimizer where weights have received many gradients.
@@ -111,20 +105,17 @@ def protect(
     frozen = switch("frozen", frozen)
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: optax.Params) -> ProtectState:
-        importance = rule.init(float_arrays(params, "parameter"))
-        return ProtectState(importance, inner.init(params))
+    def init(params: optax.Params) -> ProtectState:
+        return ProtectState(rule.init(params), inner.init(params))
 
-    def update_fn(
-        updates: optax.Updates,
+    def step(
+        gradients: Any,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any,
         *,
         accumulate_importance: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProtectState]:
-        require_state(state, ProtectState, "protect")
-        gradients = float_arrays(updates, "gradient")
         old = state.importance
         new, _ = rule.grown(gradients, jax.tree.map(lambda _: True, gradients), old)
         if accumulate_importance:
@@ -136,7 +127,7 @@ def protect(
             )
             new = new._replace(accumulator=kept_sums)
         updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
+            gradients, state.inner_state, params, **extra_args
         )
         # Where no unit is known yet nothing moves.
         epsilons = rule.eps_now(old, 0.0)
@@ -144,7 +135,7 @@ def protect(
         braked = jax.tree.map(brake, updates, new.accumulator, epsilons)
         return braked, ProtectState(new, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transform(init, step, ProtectState)
 
 
 def _braked(u: jax.Array, a: jax.Array, eps: Any, power: Any) -> jax.Array:

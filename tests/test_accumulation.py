@@ -12,6 +12,8 @@ import pytest
 import classp_jax
 from classp_jax import regularizers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 1.7)
 RNG = np.random.default_rng(0)
 # Two leaves, 60 steps, a third of the gradients 0, sizes over six orders.
@@ -119,13 +121,15 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_formula(name: str):
     options = CASES[name]
+    # What the others add does not depend on the power's form.
+    powers = POWERS if name in ("window", "leaf_window_threshold") else (1.0, 1.7)
     found = jax.jit(
         lambda: {
             power: run(classp_jax.classp(1.0, power=power, **options))
-            for power in POWERS
+            for power in powers
         }
     )()
-    for power in POWERS:
+    for power in powers:
         updates, sums = found[power]
         negated = jax.tree.map(lambda u: -u, updates)
         check((negated, sums), reference(GRADIENTS, power=power, **options))
@@ -247,24 +251,6 @@ def test_a_leaf_without_a_unit_does_not_move_and_bad_numbers_show():
 # Sums in bfloat16.
 
 
-def test_a_sum_in_bfloat16_is_right_on_average_after_a_million_steps():
-    """Rounded to nearest it would stand still at about 0.5 of 1000."""
-    weights, steps = 512, 1_000_000
-    tx: Any = classp_jax.scale_by_generalized_adagrad(accumulator_dtype=jnp.bfloat16)
-    g = jnp.full(weights, 1e-3, jnp.float32)
-    step = jax.jit(
-        lambda state: jax.lax.fori_loop(
-            0, steps, lambda _, s: tx.update(g, s)[1], state
-        )
-    )
-    sums = np.asarray(step(tx.init(g)).accumulator.astype(jnp.float32), np.float64)
-    errors = sums / 1000 - 1
-    assert abs(errors.mean()) < 0.01
-    # A sum of n equal terms, each rounded at random in steps of 2^-8 to 2^-7 of it.
-    assert 0.02 < np.sqrt((errors**2).mean()) < 0.06
-    assert (sums > 500).all()
-
-
 def test_sums_in_bfloat16_are_the_same_bits_again_and_differ_by_weight_and_leaf():
     tx: Any = classp_jax.classp(0.1, accumulator_dtype=jnp.bfloat16)
     g = {"a": jnp.full((4, 8), 1e-2), "b": jnp.full((4, 8), 1e-2)}
@@ -304,8 +290,7 @@ def test_protected_sgd_is_classp(power: Any):
     options: dict[str, Any] = {"prior": 0.5, "window": 9.0}
     braked = classp_jax.protect(optax.sgd(rate), value, eps, **options)
     ours = classp_jax.classp(rate * eps ** (1 / p), 0.0, value, eps, **options)
-    found, wanted = (jax.jit(functools.partial(run, tx))() for tx in (braked, ours))
-    check(found, wanted)
+    check(*jax.jit(lambda: (run(braked), run(ours)))())
 
 
 def test_the_brake_sums_raw_gradients_and_is_in_0_to_1():
@@ -320,8 +305,8 @@ def test_the_brake_sums_raw_gradients_and_is_in_0_to_1():
         g = jax.tree.map(lambda g, t=t: jnp.asarray(g[t]), GRADIENTS)
         # optax.adamw mixes dtypes.
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = braked.update(g, state, params)
-            free, plain = inner.update(g, plain, params)
+            updates, state = jax.jit(braked.update)(g, state, params)
+            free, plain = jax.jit(inner.update)(g, plain, params)
         for name in SHAPES:
             a = wanted[name][t]
             np.testing.assert_allclose(state.importance.accumulator[name], a, rtol=1e-5)

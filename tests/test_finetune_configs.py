@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from classp_jax._layouts import by_path
 from classp_jax.finetune.bert import Bert, BertConfig
 from classp_jax.finetune.configs import bert_config, llama_config
 from classp_jax.finetune.llama import Llama, RopeScaling
+from classp_jax.torch_state.layouts import by_path
 
 
 def config_file(folder, **fields):

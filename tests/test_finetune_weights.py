@@ -14,10 +14,10 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import classp_jax
-from classp_jax._layouts import by_path, tensors_of
 from classp_jax.finetune import layouts, weights
 from classp_jax.finetune.bert import Bert, BertConfig
 from classp_jax.finetune.llama import Llama, LlamaConfig, RopeScaling
+from classp_jax.torch_state.layouts import by_path, tensors_of
 from tests import finetune_reference as reference
 
 SIZES: Any = {

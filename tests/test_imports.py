@@ -90,11 +90,12 @@ def own_module(name: str) -> str:
     return name
 
 
+ROOMS = ("_", "importance", "regularizers", "rivals")
 CORE_AND_REGULARIZERS = [
     name
     for name in MODULES
     if name == "classp_jax"
-    or name.startswith(("classp_jax._", "classp_jax.regularizers", "classp_jax.rivals"))
+    or name.startswith(tuple(f"classp_jax.{room}" for room in ROOMS))
     if name != "classp_jax.__main__"
 ]
 

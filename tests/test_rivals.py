@@ -12,6 +12,8 @@ import torch
 from classp_jax import regularizers, rivals
 from classp_jax.rivals._noise import noise_like
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Three tasks with losses 1/2 sum A_k (w - B_k)^2, so that an error shows in all later
 # steps.
 TASKS, STEPS, SIZE = 3, 12, 7
@@ -104,23 +106,32 @@ def test_bayesian_gradient_descent(window, samples):
     optimizer = rivals.bayesian_gradient_descent(evidence, prior, window=window)
     params, mu, sigma = as_tree(START), START.copy(), np.full(SIZE, prior)
     state: Any = optimizer.init(params)
-    t = 0
-    for task in range(TASKS):
-        a, b = as_tree(CURVATURES[task]), as_tree(MINIMA[task])
+    stacked = [
+        jax.tree.map(lambda *rows: jnp.stack(rows), *map(as_tree, values))
+        for values in (CURVATURES, MINIMA)
+    ]
 
-        def loss(w: Any, a: Any = a, b: Any = b) -> Any:
-            each = jax.tree.map(lambda a, b, w: jnp.sum(a * (w - b) ** 2) / 2, a, b, w)
+    @jax.jit
+    def step(params: Any, state: Any, key: Any, task: Any) -> Any:
+        def loss(w: Any) -> Any:
+            each = jax.tree.map(
+                lambda a, b, w: jnp.sum(a[task] * (w - b[task]) ** 2) / 2, *stacked, w
+            )
             total = sum(jax.tree.leaves(each), jnp.float32(0))
             return total, total
 
+        _, gradients = rivals.value_and_expected_gradients(
+            loss, params, state, key, samples=samples
+        )
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    t = 0
+    for task in range(TASKS):
         for _ in range(STEPS):
             t += 1
             key = jax.random.fold_in(jax.random.key(3), t)
-            _, gradients = rivals.value_and_expected_gradients(
-                loss, params, state, key, samples=samples
-            )
-            updates, state = optimizer.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = step(params, state, key, jnp.int32(task))
 
             keys = [key] if samples == 1 else jax.random.split(key, samples)
             noises = [noise_of(k) for k in keys]

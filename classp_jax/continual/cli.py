@@ -7,8 +7,10 @@ stands on the screen at once.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,6 +41,23 @@ OK, ERROR, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 class Terminated(BaseException):
     """SIGTERM came."""
+
+
+def main_of_process() -> int:
+    """Runs the command that this process was started with, also to a SIGTERM's end."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    status = main()
+    if status in (INTERRUPTED, TERMINATED):
+        # XLA may still be computing in threads of its own, and an orderly exit that
+        # takes their memory away can crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

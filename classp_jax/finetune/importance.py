@@ -15,10 +15,16 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from classp_jax._arrays import float_arrays, path_name, unwrapped, working_dtype
-from classp_jax._hyperparams import Scalar, non_negative
-from classp_jax._importance import accumulators_in, map_accumulators
-from classp_jax._inspect import accumulators
+from classp_jax._arrays import (
+    float_arrays,
+    path_name,
+    unwrapped,
+    working_dtype,
+    wrapped_like,
+)
+from classp_jax._hyperparams import non_negative
+from classp_jax.importance import accumulators
+from classp_jax.importance._states import accumulators_in, map_accumulators
 
 _FORMAT = "classp_jax importance 1"
 
@@ -137,7 +143,9 @@ def importance_from_magnitude(params: Any) -> Any:
     return jax.tree.map(lambda a: a * scale.astype(a.dtype), sizes)
 
 
-def put_importance(state: Any, importance: Any, *, strength: Scalar = 1.0) -> Any:
+def put_importance(
+    state: Any, importance: Any, *, strength: jax.typing.ArrayLike = 1.0
+) -> Any:
     """Puts importance from elsewhere into the accumulators of an optimizer state.
 
     Args:
@@ -178,7 +186,11 @@ def put_importance(state: Any, importance: Any, *, strength: Scalar = 1.0) -> An
 
     # One tree: where several transforms have a part of the weights each, every one
     # takes the leaves that it has.
-    return _map_sums_with_path(replaced, state)
+    def replaced_all(sums: Any) -> Any:
+        new = jax.tree_util.tree_map_with_path(replaced, unwrapped(sums))
+        return wrapped_like(new, sums)
+
+    return map_accumulators(replaced_all, state)
 
 
 def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) -> None:
@@ -246,7 +258,7 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
 
 
 def load_importance(
-    file: str | os.PathLike[str], state: Any, *, strength: Scalar = 1.0
+    file: str | os.PathLike[str], state: Any, *, strength: jax.typing.ArrayLike = 1.0
 ) -> Any:
     """Reads what :func:`save_importance` wrote into an optimizer state.
 
@@ -311,16 +323,6 @@ def _read_orbax(source: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any
                 tuple(kind.shape), kind.dtype, sharding=placed if same else None
             )
         return checkpointer.restore(source, like)
-
-
-def _map_sums_with_path(function: Any, state: Any) -> Any:
-    """The state with ``function(path, sum)`` of each of its accumulators' leaves."""
-    numbered = iter(
-        path
-        for tree in unwrapped(accumulators_in(state))
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    )
-    return map_accumulators(lambda old: function(next(numbered), old), state)
 
 
 def _by_name(tree: Any, what: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ like. A table is a dict: add to it with ``LLAMA | {"lm_head.weight": None}``, re
 with ``{name.removeprefix("bert."): layout for name, layout in BERT.items()}``.
 """
 
-from classp_jax._layouts import Layout, Table, conv, dense, flat, same
+from classp_jax.torch_state.layouts import Layout, Table, conv, dense, flat, same
 
 __all__ = [
     "BERT",

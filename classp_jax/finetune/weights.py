@@ -17,7 +17,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from classp_jax._layouts import Table, by_path, read_leaves, tensors_of, with_leaves
+from classp_jax.torch_state.layouts import (
+    Table,
+    by_path,
+    read_leaves,
+    tensors_of,
+    with_leaves,
+)
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

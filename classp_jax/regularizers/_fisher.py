@@ -11,8 +11,9 @@ import optax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from classp_jax._arrays import float_arrays, wide_zeros, working_dtype
+from classp_jax._arrays import float_arrays, working_dtype
 from classp_jax.regularizers._compiled import compiled
+from classp_jax.regularizers._penalty import wide_zeros
 
 _KINDS = ("exact", "sampled", "empirical")
 

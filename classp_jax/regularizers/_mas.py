@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from classp_jax._arrays import float_arrays, wide_zeros
+from classp_jax._arrays import float_arrays
+from classp_jax.regularizers._penalty import wide_zeros
 
 
 def mas_importance(

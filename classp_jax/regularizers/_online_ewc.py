@@ -6,20 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, require_state, wide_zeros
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    checked,
-    non_negative,
-)
+from classp_jax._arrays import float_arrays, require_state
+from classp_jax._hyperparams import at_step, checked, non_negative
 from classp_jax.regularizers._penalty import (
     copied,
     hyperparameter_array,
     matched,
     pulled,
     required,
+    wide_zeros,
 )
 
 
@@ -53,7 +48,7 @@ class OnlineEWCState(NamedTuple):
 
 
 def online_ewc(
-    strength: ScalarOrSchedule, decay: Scalar = 1.0
+    strength: optax.ScalarOrSchedule, decay: jax.typing.ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Elastic weight consolidation with one running Fisher diagonal, the last anchor.
 

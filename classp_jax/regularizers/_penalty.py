@@ -16,6 +16,11 @@ def hyperparameter_array(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.result_type(float))
 
 
+def wide_zeros(tree: Any) -> Any:
+    """Zeros of the leaves' shapes, in the working dtype."""
+    return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=working_dtype(w)), tree)
+
+
 def copied(tree: Any, like: Any) -> Any:
     """The tree in the dtypes of ``like``, in memory of its own.
 

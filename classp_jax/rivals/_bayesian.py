@@ -7,16 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, require_state, wide_zeros
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    cast,
-    positive,
-    window_length,
-)
-from classp_jax.regularizers._penalty import matched, required
+from classp_jax._arrays import float_arrays, require_state
+from classp_jax._hyperparams import at_step, cast, positive, window_length
+from classp_jax.regularizers._penalty import matched, required, wide_zeros
 from classp_jax.rivals._noise import noise_like
 
 
@@ -30,10 +23,10 @@ class BayesianState(NamedTuple):
 
 
 def bayesian_gradient_descent(
-    evidence: Scalar,
-    deviation: Scalar = 0.05,
+    evidence: jax.typing.ArrayLike,
+    deviation: jax.typing.ArrayLike = 0.05,
     *,
-    window: ScalarOrSchedule | None = None,
+    window: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Every weight is a normal distribution that each batch makes narrower.
 

@@ -6,13 +6,13 @@ import jax
 import optax
 
 from classp_jax._arrays import float_arrays
-from classp_jax._hyperparams import Scalar, cast, non_negative
+from classp_jax._hyperparams import cast, non_negative
 from classp_jax.regularizers._penalty import matched, required
 from classp_jax.rivals._noise import noise_like
 
 
 def shrink_and_perturb(
-    shrink: Scalar, deviation: Scalar
+    shrink: jax.typing.ArrayLike, deviation: jax.typing.ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes the weights a little smaller and adds noise, after the optimizer's step.
 

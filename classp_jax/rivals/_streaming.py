@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, require_state, wide_zeros
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    checked,
-    non_negative,
-    one_of,
+from classp_jax._arrays import float_arrays, require_state
+from classp_jax._hyperparams import at_step, checked, non_negative, one_of
+from classp_jax.regularizers._penalty import (
+    copied,
+    matched,
+    pulled,
+    required,
+    wide_zeros,
 )
-from classp_jax.regularizers._penalty import copied, matched, pulled, required
 
 _KINDS = ("squared", "absolute")
 
@@ -32,9 +31,9 @@ class StreamingState(NamedTuple):
 
 
 def streaming_importance(
-    strength: ScalarOrSchedule,
-    importance_decay: Scalar = 0.999,
-    anchor_decay: Scalar = 0.999,
+    strength: optax.ScalarOrSchedule,
+    importance_decay: jax.typing.ArrayLike = 0.999,
+    anchor_decay: jax.typing.ArrayLike = 0.999,
     *,
     kind: str = "squared",
 ) -> optax.GradientTransformationExtraArgs:

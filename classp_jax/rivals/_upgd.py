@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import float_arrays, require_state, wide_zeros
-from classp_jax._hyperparams import (
-    Scalar,
-    ScalarOrSchedule,
-    at_step,
-    cast,
-    checked,
-    non_negative,
-)
-from classp_jax.regularizers._penalty import matched, required
+from classp_jax._arrays import float_arrays, require_state
+from classp_jax._hyperparams import at_step, cast, checked, non_negative
+from classp_jax.regularizers._penalty import matched, required, wide_zeros
 from classp_jax.rivals._noise import noise_like
 
 
@@ -29,10 +22,10 @@ class UPGDState(NamedTuple):
 
 
 def upgd(
-    learning_rate: ScalarOrSchedule,
-    utility_decay: Scalar = 0.999,
-    deviation: Scalar = 1e-3,
-    weight_decay: Scalar = 0.0,
+    learning_rate: optax.ScalarOrSchedule,
+    utility_decay: jax.typing.ArrayLike = 0.999,
+    deviation: jax.typing.ArrayLike = 1e-3,
+    weight_decay: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Protects the weights that the loss needs and perturbs the others.
 

@@ -41,7 +41,7 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from classp_jax._layouts import (
+from classp_jax.torch_state.layouts import (
     Layout,
     Table,
     by_path,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import path_name, unwrapped, working_dtype
-from classp_jax._importance import accumulators_in, no_accumulator
+from classp_jax.importance._states import accumulators_in, no_accumulator
 
 
 def accumulators(state: Any) -> Any:
@@ -155,14 +155,12 @@ def _put_together(one: Any, other: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def _mean(tree: Any, value: Callable[[jax.Array], jax.Array], *, per_leaf: bool) -> Any:
-    zero = jnp.zeros([], jnp.float32)
-    means = jax.tree.map(
-        lambda leaf: jnp.mean(value(leaf), dtype=jnp.float32) if leaf.size else zero,
-        tree,
-    )
+    def mean(leaf: jax.Array) -> jax.Array:
+        return jnp.sum(value(leaf), dtype=jnp.float32) / max(leaf.size, 1)
+
+    means = jax.tree.map(mean, tree)
     if per_leaf:
         return means
-    sizes = jax.tree.map(lambda leaf: leaf.size, tree)
-    total = max(sum(jax.tree.leaves(sizes)), 1)
-    parts = jax.tree.map(lambda mean, size: mean * (size / total), means, sizes)
-    return sum(jax.tree.leaves(parts), zero)
+    size = max(optax.tree.size(tree), 1)
+    parts = jax.tree.map(lambda mean, leaf: mean * (leaf.size / size), means, tree)
+    return sum(jax.tree.leaves(parts), jnp.zeros([], jnp.float32))

@@ -1,5 +1,6 @@
 """Filling the accumulators from old data, before fine-tuning."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,12 @@ from classp_jax._arrays import (
     working_dtype,
     wrapped_like,
 )
-from classp_jax._hyperparams import Scalar, cast, non_negative
+from classp_jax._hyperparams import cast, non_negative
+from classp_jax.importance._states import (
+    accumulators_in,
+    map_accumulators,
+    no_accumulator,
+)
 from classp_jax.regularizers._compiled import compiled
 
 
@@ -26,7 +32,7 @@ def accumulate_importance(
     gradients: optax.Updates | Iterator[optax.Updates],
     *,
     per_example: bool = False,
-    strength: Scalar = 1.0,
+    strength: jax.typing.ArrayLike = 1.0,
     **extra_args: Any,
 ) -> Any:
     r"""Fills the accumulators from gradients of old data, without moving a weight.
@@ -145,57 +151,23 @@ def accumulate_importance(
             lambda state, g: (filled(state, g, *others), None), state, gradients
         )[0]
 
-    def strengthened(old: jax.Array, new: jax.Array) -> jax.Array:
+    def strengthened_sum(old: jax.Array, new: jax.Array) -> jax.Array:
         if not (isinstance(strength, float) and strength == 1):
             old_wide = old.astype(new.dtype)
             new = old_wide + cast(strength, new.dtype) * (new - old_wide)
         return new.astype(old.dtype)
 
     # Narrow accumulators are rounded once, at the end.
-    wide = map_accumulators(lambda a: a.astype(working_dtype(a)), state)
+    wide = map_accumulators(
+        lambda sums: jax.tree.map(lambda a: a.astype(working_dtype(a)), sums), state
+    )
     arguments = (wide, gradients, params, extra_args)
     if per_example:
         new = compiled(filled_by_each, (), *arguments)((), *arguments)
     else:
         new = filled(*arguments)
+    strengthened = functools.partial(jax.tree.map, strengthened_sum)
     return wrapped_like(map_accumulators(strengthened, state, new), original)
-
-
-def is_accumulating(node: Any) -> bool:
-    """Whether the node is a transform's state with accumulators of its own."""
-    return "accumulator" in getattr(type(node), "_fields", ())
-
-
-def accumulators_in(state: Any) -> list[Any]:
-    """Every accumulator tree within a state; states may stand in one another."""
-    found = []
-    for node in jax.tree.leaves(state, is_leaf=is_accumulating):
-        if is_accumulating(node):
-            fields = node._asdict()
-            found += [fields.pop("accumulator"), *accumulators_in(fields)]
-    return found
-
-
-def map_accumulators(function: Any, state: Any, *others: Any) -> Any:
-    """The state with ``function`` of its and the others' sums, leaf by leaf."""
-
-    def mapped(*nodes: Any) -> Any:
-        if not is_accumulating(nodes[0]):
-            return nodes[0]
-        fields = [node._asdict() for node in nodes]
-        sums = jax.tree.map(function, *[field.pop("accumulator") for field in fields])
-        rest = map_accumulators(function, *fields)
-        return nodes[0]._replace(accumulator=sums, **rest)
-
-    return jax.tree.map(mapped, state, *others, is_leaf=is_accumulating)
-
-
-def no_accumulator() -> ValueError:
-    """For a state that does not hold what is needed."""
-    return ValueError(
-        "This optimizer state holds no CLASSP accumulator: it does not come from "
-        "classp, protect, classp_published or scale_by_generalized_adagrad."
-    )
 
 
 @jax.jit
@@ -214,15 +186,11 @@ def _require_finite(tree: Any, batch: int) -> None:
 
 
 def _require_fillable(state: Any) -> None:
-    def is_multi_steps(node: Any) -> bool:
-        return isinstance(node, optax.MultiStepsState)
-
     if not accumulators_in(state):
         raise no_accumulator()
-    for node in jax.tree.leaves(state, is_leaf=is_multi_steps):
-        if is_multi_steps(node) and accumulators_in(node):
-            raise ValueError(
-                "optax.MultiSteps hands on a gradient only every k-th step: fill the "
-                "accumulators of the optimizer inside it, then put its state back, "
-                "state._replace(inner_opt_state=...)."
-            )
+    if accumulators_in(optax.tree.get_all_with_path(state, "MultiStepsState")):
+        raise ValueError(
+            "optax.MultiSteps hands on a gradient only every k-th step: fill the "
+            "accumulators of the optimizer inside it, then put its state back, "
+            "state._replace(inner_opt_state=...)."
+        )

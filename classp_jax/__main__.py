@@ -23,9 +23,9 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     status = cli.main()
-    if status in (cli.INTERRUPTED, cli.TERMINATED):
-        # XLA may still be computing in threads of its own, and an orderly exit that
-        # takes their memory away can crash.
+    if status != cli.OK:
+        # Threads may still be training, or waiting for another process. An orderly exit
+        # waits for some, and crashes others by taking their memory away.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-import faults
+import faults_runs as faults
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -36,22 +36,29 @@ def one_line(function: Callable[[], Any]) -> tuple[str, float]:
     raise Unexpected("it went well")
 
 
-def start(code: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """Starts Python code in a process of its own, with this library."""
+def python(
+    code: str, *arguments: str, within: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own, with this library.
+
+    Args:
+      code: what to run.
+      *arguments: of the code.
+      within: a command that runs the one after it.
+      **variables: of its environment.
+    """
     root = str(pathlib.Path(classp_jax.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+    return subprocess.run(
+        [*within, sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": root} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
 
 
-def python(
-    code: str, *arguments: str, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own, with this library."""
-    with start(code, *arguments, **variables) as child:
-        output, errors = child.communicate()
-    return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """All that a process printed as its error, which must be one line."""
+    lines = done.stderr.splitlines()
+    expect(len(lines) == 1, done.stderr)
+    return lines[0]

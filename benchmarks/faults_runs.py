@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from faults_common import Outcome, expect, one_line, python
+from faults_common import Outcome, error_line, expect, one_line, python
 
 import classp_jax
 from classp_jax import continual
@@ -33,7 +33,7 @@ EVERY = 50
 
 # Of what is to happen, the child is told in words: what, how often before, how long.
 CHILD = """
-import os, resource, signal, sys, threading, time
+import os, pathlib, resource, shutil, signal, sys, threading, time
 from classp_jax.__main__ import main
 from classp_jax.continual import checkpoints
 from classp_jax.continual.train.keeper import Keeper
@@ -41,26 +41,33 @@ from classp_jax.continual.train.keeper import Keeper
 what, count, seconds = os.environ.get("FAULT", "none 0 0").split()
 left = [int(count)]
 
-def after_a_while():
+def after_a_while(*arguments):
     time.sleep(float(seconds))
     if what.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
-    if what == "full":
+    if what == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    if what == "full":
+        free = shutil.disk_usage(arguments[0]).free
+        pathlib.Path(os.environ["BALLAST"]).write_bytes(bytes(free - 40_000))
 
 def watched(function):
     def call(*arguments):
         left[0] -= 1
         if left[0] == -1:
-            threading.Thread(target=after_a_while, daemon=True).start()
+            happens = threading.Thread(None, after_a_while, None, arguments)
+            happens.daemon = True
+            happens.start()
+            if what in ("limit", "full"):
+                happens.join()
         return function(*arguments)
     return call
 
 if what in ("kill", "terminate"):
     Keeper.stepped = watched(Keeper.stepped)
-if what in ("kill-in-write", "full"):
+if what in ("kill-in-write", "limit", "full"):
     checkpoints._write = watched(checkpoints._write)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
@@ -73,17 +80,20 @@ def run(
     methods: tuple[str, ...] = METHODS,
     experiment: tuple[str, ...] = EXPERIMENT,
     fault: str = "none 0 0",
+    within: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, to which something happens.
 
     ``fault`` is ``kill 9 0.2``, 0.2 s after the tenth segment of steps, ``terminate``
-    likewise, ``kill-in-write 3 0.02``, 0.02 s after the fourth write begins, or
-    ``full``. Counts are the same however fast the machine is.
+    likewise, ``kill-in-write 3 0.02``, 0.02 s after the fourth write begins, or before
+    a write a ``limit`` on the size of files or a disk that is ``full``. Counts are the
+    same however fast the machine is.
     """
     cache = pathlib.Path(tempfile.gettempdir(), f"classp-jax-faults-{os.getuid()}")
     variables = {"FAULT": fault, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": ""}
     options = ["run", "--methods", *methods, *experiment, "--out", str(folder)]
-    return python(CHILD, *options, "--save-weights", *arguments, **variables)
+    options += ["--save-weights", *arguments]
+    return python(CHILD, *options, within=within, **variables)
 
 
 def bits(folder: pathlib.Path) -> dict[str, Any]:
@@ -176,26 +186,49 @@ def terminated(folder: pathlib.Path, times: int = 3, **options: Any) -> Outcome:
             **options,
         )
         expect(done.returncode == 143, (done.returncode, done.stderr))
-        (line,) = done.stderr.strip().splitlines()
+        line = error_line(done)
         expect(line.startswith("classp-jax: terminated; "), line)
     finished(folder / "run", reference, **options)
     return times, "status 143 and one line; saved, and the same bits in the end"
 
 
+# Mounts a small disk of its own on a folder, fills it, and goes on when it is emptied.
+SMALL_DISK = """
+mount -t tmpfs -o size=32m tmpfs "$0" || exit 99
+BALLAST="$0/ballast" FAULT="full 3 0" "$@"
+echo "status $?"
+rm "$0/ballast"
+"$@" && cp -r "$0/run" "$0.kept"
+"""
+READ_ONLY = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
+
+
+def _mounted(script: str, folder: pathlib.Path) -> tuple[str, ...]:
+    """A command in whose eyes there is another disk at a folder (Linux)."""
+    folder.mkdir()
+    return ("unshare", "-rm", "sh", "-c", script, str(folder))
+
+
 def disk_full(folder: pathlib.Path) -> Outcome:
-    """No room in the middle of a checkpoint (here: a limit on the size of files)."""
+    """No room in the middle of a checkpoint: files may not grow, or a disk is full."""
     options: dict[str, Any] = {"methods": ("classp",), "experiment": SHORT}
     reference = uninterrupted(**options)
     arguments = ("--resume", "--checkpoint-every", str(EVERY))
-    done = run(folder / "run", *arguments, fault="full 3 0", **options)
-    expect(done.returncode == 1, (done.returncode, done.stderr))
-    # Orbax's own threads may print a traceback before that.
-    line = done.stderr.strip().splitlines()[-1]
-    expect("Cannot write the checkpoint" in line, line)
+    for number in range(3):
+        done = run(folder / "run", *arguments, fault=f"limit {number} 0", **options)
+        expect(done.returncode == 1, (done.returncode, done.stderr))
+        expect("seed-0/" in error_line(done), done.stderr)
+        expect(error_line(done).endswith(": File too large."), done.stderr)
     finished(folder / "run", reference, **options)
-    return 1, (
-        "stops at the next checkpoint; the last line says why (Orbax may print more "
-        "before it); those before are kept, and it goes on to the same bits"
+    disk = folder / "disk"
+    within = _mounted(SMALL_DISK, disk)
+    done = run(disk / "run", *arguments, within=within, **options)
+    expect(done.returncode == 0 and "status 1\n" in done.stdout, done.stderr)
+    expect(error_line(done).endswith(": No space left on device."), done.stderr)
+    expect(bits(folder / "disk.kept") == reference, "other bits")
+    return 4, (
+        "one line that says why, status 1, at the next checkpoint; those before are "
+        "kept, and it goes on to the same bits"
     )
 
 
@@ -206,7 +239,7 @@ def other_configuration(folder: pathlib.Path) -> Outcome:
     done = run(folder, *arguments, fault="kill-in-write 3 0", **options)
     expect(done.returncode == -signal.SIGKILL, done.stderr)
     done = run(folder, *arguments, "--set", "classp.eps=0.7", **options)
-    (line,) = done.stderr.strip().splitlines()
+    line = error_line(done)
     expect(done.returncode == 1 and "settings.eps is" in line, line)
     return 1, "refused before training, in one line that says what differs"
 
@@ -215,12 +248,14 @@ def not_writable(folder: pathlib.Path) -> Outcome:
     """A folder that cannot be written to."""
     # Not by its permissions, which do not hold for root.
     (folder / "file").write_text("")
-    for place in (folder / "file" / "out", pathlib.Path("/proc/out")):
-        done = run(place, "--checkpoint-every", "10")
-        (line,) = done.stderr.strip().splitlines()
+    read_only = _mounted(READ_ONLY, folder / "disk")
+    places = {folder / "file" / "out": (), pathlib.Path("/proc/out"): ()}
+    for place, within in {**places, folder / "disk" / "out": read_only}.items():
+        done = run(place, "--checkpoint-every", "10", within=within)
+        line = error_line(done)
         expect(done.returncode == 1 and "Cannot write" in line, line)
         expect("accuracy" not in done.stdout, done.stdout)
-    return 2, "refused before training, in one line"
+    return 3, "refused before training, in one line"
 
 
 def _saved(folder: pathlib.Path) -> Any:

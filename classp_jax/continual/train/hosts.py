@@ -87,6 +87,10 @@ def join(
             "all came: is each of them running, with its own process id?"
         ) from None
     except (ValueError, RuntimeError) as error:
+        if coordinator is None and isinstance(error, ValueError):
+            raise ContinualError(
+                "JAX finds no cluster here: give coordinator, processes and process_id"
+            ) from error
         line = " ".join(str(error).split())
         raise ContinualError(f"the processes did not come together: {line}") from error
 

@@ -1,4 +1,4 @@
-"""What happens to long runs, done to short ones on purpose.
+"""Faults, made on purpose: of machines, runs, checkpoints, devices, data and numbers.
 
     python benchmarks/faults.py
 
@@ -11,398 +11,44 @@ what the page promises; add it to :data:`FAULTS`.
 
 import argparse
 import datetime
-import functools
 import json
-import os
 import pathlib
-import random
-import signal
-import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+import faults_devices as devices
+import faults_runs as runs
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import page
+from faults_common import Outcome
 
-import classp_jax
-from classp_jax import continual
 from classp_jax.continual.train.provenance import device_name
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "faults.json"
-METHODS = ("classp", "ewc+classp", "replay", "si")
-EXPERIMENT = ("--tasks", "3", "--seeds", "0", "1", "--epochs", "20", "--points", "2")
-SHORT = ("--tasks", "2", "--seeds", "0", "--epochs", "6", "--points", "1")
-EVERY = 50
-"""Steps between two checkpoints."""
-
-# Of what is to happen, the child is told in words: what, how often before, how long.
-CHILD = """
-import os, resource, signal, sys, threading, time
-from classp_jax.__main__ import main
-from classp_jax.continual import checkpoints
-from classp_jax.continual.train.keeper import Keeper
-
-what, count, seconds = os.environ.get("FAULT", "none 0 0").split()
-left = [int(count)]
-
-def after_a_while():
-    time.sleep(float(seconds))
-    if what.startswith("kill"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "terminate":
-        os.kill(os.getpid(), signal.SIGTERM)
-    if what == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-def watched(function):
-    def call(*arguments):
-        left[0] -= 1
-        if left[0] == -1:
-            threading.Thread(target=after_a_while, daemon=True).start()
-        return function(*arguments)
-    return call
-
-if what in ("kill", "terminate"):
-    Keeper.stepped = watched(Keeper.stepped)
-if what in ("kill-in-write", "full"):
-    checkpoints._write = watched(checkpoints._write)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main())
-"""
-
-Outcome = tuple[int, str]
-
-
-class Unexpected(Exception):  # noqa: N818 - no error of ours
-    """A fault ended otherwise than the page says."""
-
-
-def run(
-    folder: pathlib.Path,
-    *arguments: str,
-    methods: tuple[str, ...] = METHODS,
-    experiment: tuple[str, ...] = EXPERIMENT,
-    fault: str = "none 0 0",
-) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, to which something happens.
-
-    ``fault`` is ``kill 9 0.2``, 0.2 s after the tenth segment of steps, ``terminate``
-    likewise, ``kill-in-write 3 0.02``, 0.02 s after the fourth write begins, or
-    ``full``. Counts are the same however fast the machine is.
-    """
-    root = pathlib.Path(classp_jax.__file__).parents[1]
-    cache = pathlib.Path(tempfile.gettempdir(), f"classp-jax-faults-{os.getuid()}")
-    environment = os.environ | {
-        "FAULT": fault,
-        "PYTHONPATH": str(root),
-        "XDG_CACHE_HOME": str(cache),
-        "XLA_FLAGS": "",
-    }
-    options = ["run", "--methods", *methods, *experiment, "--out", str(folder)]
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, *options, "--save-weights", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def bits(folder: pathlib.Path) -> dict[str, Any]:
-    """All that a run ends with: results but for time, weights and states."""
-    results = json.loads((folder / "results.json").read_text())
-    found = {
-        f"{stored['method']} {stored['seed']}": {
-            name: value
-            for name, value in stored.items()
-            if name not in ("seconds", "compile_seconds", "provenance")
-        }
-        for stored in results["runs"]
-    }
-    for file in sorted((folder / "weights").iterdir()):
-        with np.load(file) as arrays:
-            found |= {f"{file.name} {n}": arrays[n].tobytes() for n in arrays.files}
-    return found
-
-
-def expect(condition: bool, what: Any) -> None:
-    """Raises Unexpected unless the condition holds."""
-    if not condition:
-        raise Unexpected(str(what))
-
-
-def finished(folder: pathlib.Path, reference: dict[str, Any], **options: Any) -> None:
-    """Goes on to the end, and compares with a run that nothing happened to."""
-    done = run(folder, "--resume", "--checkpoint-every", str(EVERY), **options)
-    expect(done.returncode == 0, done.stderr)
-    differing = [n for n, v in bits(folder).items() if reference.get(n) != v]
-    expect(bits(folder).keys() == reference.keys() and not differing, differing)
-    expect(not (folder / "checkpoints").exists(), "checkpoints are left")
-
-
-@functools.cache
-def uninterrupted(**options: Any) -> dict[str, Any]:
-    """The bits of a run that nothing happens to; without checkpoints."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = run(pathlib.Path(folder), **options)
-        expect(done.returncode == 0, done.stderr)
-        return bits(pathlib.Path(folder))
-
-
-def killed(
-    folder: pathlib.Path,
-    times: int,
-    moment: Callable[[random.Random], str],
-    reference: dict[str, Any],
-    **options: Any,
-) -> int:
-    """Kills a run and goes on, again and again; the number of resumed runs compared."""
-    rng, kills, runs = random.Random(0), 0, 0
-    while kills < times:
-        place, ended = folder / f"run-{runs}", False
-        while kills < times and not ended:
-            arguments = ("--resume", "--checkpoint-every", str(EVERY))
-            done = run(place, *arguments, fault=moment(rng), **options)
-            expect(done.returncode in (0, -signal.SIGKILL), done.stderr)
-            ended = done.returncode == 0
-            kills += not ended
-        finished(place, reference, **options)
-        runs += 1
-    return runs
-
-
-def killed_at_random(folder: pathlib.Path) -> Outcome:
-    """SIGKILL at any moment of training."""
-    reference = uninterrupted()
-
-    def moment(rng: random.Random) -> str:
-        return f"kill {rng.randrange(40)} {rng.uniform(0, 0.3):.3f}"
-
-    killed(folder, 12, moment, reference)
-    return 12, "`--resume` goes on and ends with the bits of an uninterrupted run"
-
-
-def killed_in_a_write(folder: pathlib.Path) -> Outcome:
-    """SIGKILL while a checkpoint is written."""
-    reference = uninterrupted()
-
-    def moment(rng: random.Random) -> str:
-        return f"kill-in-write {rng.randrange(2, 20)} {rng.uniform(0, 0.2):.3f}"
-
-    killed(folder, 8, moment, reference)
-    return 8, "the same, from the checkpoint before"
-
-
-def terminated(folder: pathlib.Path, times: int = 3, **options: Any) -> Outcome:
-    """SIGTERM."""
-    reference = uninterrupted(**options)
-    for number in range(times):
-        done = run(
-            folder / "run",
-            *("--resume", "--checkpoint-every", str(EVERY)),
-            fault=f"terminate {20 * number} 0.1",
-            **options,
-        )
-        expect(done.returncode == 143, (done.returncode, done.stderr))
-        (line,) = done.stderr.strip().splitlines()
-        expect(line.startswith("classp-jax: terminated; "), line)
-    finished(folder / "run", reference, **options)
-    return times, "status 143 and one line; saved, and the same bits in the end"
-
-
-def disk_full(folder: pathlib.Path) -> Outcome:
-    """No room in the middle of a checkpoint (here: a limit on the size of files)."""
-    options: dict[str, Any] = {"methods": ("classp",), "experiment": SHORT}
-    reference = uninterrupted(**options)
-    arguments = ("--resume", "--checkpoint-every", str(EVERY))
-    done = run(folder / "run", *arguments, fault="full 3 0", **options)
-    expect(done.returncode == 1, (done.returncode, done.stderr))
-    # Orbax's own threads may print a traceback before that.
-    line = done.stderr.strip().splitlines()[-1]
-    expect("Cannot write the checkpoint" in line, line)
-    finished(folder / "run", reference, **options)
-    return 1, (
-        "stops at the next checkpoint; the last line says why (Orbax may print more "
-        "before it); those before are kept, and it goes on to the same bits"
-    )
-
-
-def other_configuration(folder: pathlib.Path) -> Outcome:
-    """`--resume` with other settings."""
-    options: dict[str, Any] = {"methods": ("classp",), "experiment": SHORT}
-    arguments = ("--resume", "--checkpoint-every", str(EVERY))
-    done = run(folder, *arguments, fault="kill-in-write 3 0", **options)
-    expect(done.returncode == -signal.SIGKILL, done.stderr)
-    done = run(folder, *arguments, "--set", "classp.eps=0.7", **options)
-    (line,) = done.stderr.strip().splitlines()
-    expect(done.returncode == 1 and "settings.eps is" in line, line)
-    return 1, "refused before training, in one line that says what differs"
-
-
-def not_writable(folder: pathlib.Path) -> Outcome:
-    """A folder that cannot be written to."""
-    # Not by its permissions, which do not hold for root.
-    (folder / "file").write_text("")
-    for place in (folder / "file" / "out", pathlib.Path("/proc/out")):
-        done = run(place, "--checkpoint-every", "10")
-        (line,) = done.stderr.strip().splitlines()
-        expect(done.returncode == 1 and "Cannot write" in line, line)
-        expect("accuracy" not in done.stdout, done.stdout)
-    return 2, "refused before training, in one line"
-
-
-def _saved(folder: pathlib.Path) -> Any:
-    """Two checkpoints of the state of an optimizer; the tree of the first."""
-    params = {"w": jnp.arange(4096.0).reshape(64, 64), "key": jax.random.key(7)}
-    weights = {"w": params["w"]}
-    state = optax.adam(0.1).init(weights)
-    for step in (1, 2):
-        tree = {"params": {**params, "w": params["w"] * step}, "state": state}
-        continual.save(folder, tree, step=step).result()
-    return {"params": params, "state": state}
-
-
-def _damaged(folder: pathlib.Path, change: Callable[[bytes], bytes]) -> int:
-    """Changes each file of the newest checkpoint in turn; the one before is used."""
-    tree = _saved(folder)
-    files = [file for file in (folder / "2").rglob("*") if file.is_file()]
-    for file in files:
-        content = file.read_bytes()
-        file.write_bytes(change(content))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            restored = continual.restore(folder, tree)
-        file.write_bytes(content)
-        expect(restored.step == 1, f"{file} was not recognised as damaged")
-        np.testing.assert_array_equal(restored.tree["params"]["w"], tree["params"]["w"])
-        named = [str(w.message) for w in caught if str(folder / "2") in str(w.message)]
-        expect(len(named) == 1 and file.name in named[0], named)
-    expect(continual.restore(folder, tree).step == 2, "put right, it is used again")
-    return len(files)
-
-
-def truncated(folder: pathlib.Path) -> Outcome:
-    """A file of the newest checkpoint cut off: every file, at three places."""
-    cuts = (lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-1])
-    count = sum(_damaged(folder / str(k), cut) for k, cut in enumerate(cuts))
-    return count, "recognised and named; the checkpoint before is used"
-
-
-def flipped(folder: pathlib.Path, rounds: int = 20) -> Outcome:
-    """One bit of the newest checkpoint flipped: in every file, at random places."""
-    rng = random.Random(0)
-
-    def flip(content: bytes) -> bytes:
-        changed = bytearray(content)
-        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        return bytes(changed)
-
-    count = sum(_damaged(folder / str(k), flip) for k in range(rounds))
-    return count, "recognised and named; the checkpoint before is used"
-
-
-def all_damaged(folder: pathlib.Path) -> Outcome:
-    """Every checkpoint damaged."""
-    tree = _saved(folder)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:-1])
-    line = _refused(folder, tree)
-    expect("No checkpoint is whole" in line, line)
-    return 1, "an error in one line that names them"
-
-
-def _refused(folder: pathlib.Path, like: Any) -> str:
-    try:
-        continual.restore(folder, like)
-    except continual.CheckpointError as error:
-        expect("\n" not in str(error), error)
-        return str(error)
-    raise Unexpected("it was restored")
-
-
-def other_optimizer(folder: pathlib.Path) -> Outcome:
-    """Restored into another optimizer."""
-    params = {"w": jnp.arange(6.0)}
-    first = {"params": params, "state": classp_jax.classp(0.1).init(params)}
-    continual.save(folder, first, step=1)
-    second = {
-        "params": params,
-        "state": classp_jax.classp(0.2, threshold=1e-3, window=100).init(params),
-    }
-    restored = continual.restore(folder, second).tree
-    expect(jax.tree.structure(restored) == jax.tree.structure(second), restored)
-    adam = {"params": params, "state": optax.adam(0.1).init(params)}
-    line = _refused(folder, adam)
-    expect("state/0/count" in line, line)
-    return (
-        2,
-        "restored where the trees agree; else the first leaf that differs is named",
-    )
-
-
-DEVICES = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from classp_jax import continual
-
-folder, count = sys.argv[1], int(sys.argv[2])
-mesh = jax.make_mesh((count,), ("d",), devices=jax.devices()[:count])
-rows = NamedSharding(mesh, PartitionSpec("d"))
-values = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
-tree = {"w": jax.device_put(values, rows), "key": jax.random.key(1)}
-if "save" in sys.argv:
-    continual.save(folder, tree, step=1).result()
-found = continual.restore(folder, jax.tree.map(jnp.zeros_like, {"w": tree["w"]}) | {
-    "key": jax.random.key(0)}).tree
-assert found["w"].sharding == rows, found["w"].sharding
-assert np.asarray(found["w"]).tobytes() == values.tobytes()
-assert (jax.random.key_data(found["key"]) == jax.random.key_data(tree["key"])).all()
-"""
-
-
-def other_devices(folder: pathlib.Path) -> Outcome:
-    """Restored onto another number of devices (virtual ones of a CPU)."""
-    root = str(pathlib.Path(classp_jax.__file__).parents[1])
-
-    def child(count: int, name: str, *more: str) -> None:
-        flags = f"--xla_force_host_platform_device_count={count}"
-        done = subprocess.run(
-            [sys.executable, "-c", DEVICES, str(folder / name), str(count), *more],
-            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": root},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        expect(done.returncode == 0 and not done.stderr, done.stderr)
-
-    for saved, restored in ((8, (1, 2)), (1, (8,))):
-        child(saved, str(saved), "save")
-        for count in restored:
-            child(count, str(saved))
-    return 3, "8 to 1, 8 to 2, 1 to 8: the same bits, sharded as asked for"
-
 
 FAULTS: tuple[tuple[str, Callable[[pathlib.Path], Outcome]], ...] = (
-    ("SIGKILL at a random moment of training", killed_at_random),
-    ("SIGKILL inside the write of a checkpoint", killed_in_a_write),
-    ("SIGTERM during training", terminated),
-    ("Disk full in the middle of a checkpoint", disk_full),
-    ("Folder that cannot be written to", not_writable),
-    ("Checkpoint of another configuration", other_configuration),
-    ("File of a checkpoint cut off", truncated),
-    ("Bit of a checkpoint flipped", flipped),
-    ("All checkpoints damaged", all_damaged),
-    ("Restored onto another number of devices", other_devices),
-    ("Restored into another optimizer", other_optimizer),
+    ("SIGKILL at a random moment of training", runs.killed_at_random),
+    ("SIGKILL inside the write of a checkpoint", runs.killed_in_a_write),
+    ("SIGTERM during training", runs.terminated),
+    ("Disk full in the middle of a checkpoint", runs.disk_full),
+    ("Folder that cannot be written to", runs.not_writable),
+    ("Checkpoint of another configuration", runs.other_configuration),
+    ("File of a checkpoint cut off", runs.truncated),
+    ("Bit of a checkpoint flipped", runs.flipped),
+    ("All checkpoints damaged", runs.all_damaged),
+    ("Restored onto another number of devices", runs.other_devices),
+    ("Restored into another optimizer", runs.other_optimizer),
+    ("Devices, runs and batches that do not divide", devices.do_not_divide),
+    ("Coordinator that cannot be reached", devices.absent_coordinator),
+    ("Process that never comes", devices.absent_process),
+    ("Batches that cannot be read on", devices.reader_fails),
+    ("Training data larger than memory would hold", devices.memory_of_batches),
+    ('Batch of NaN, `nonfinite="stop"`', devices.nan_stops),
+    ('Batch of NaN, `nonfinite="skip"`', devices.nan_is_skipped),
+    ("float16 gradients that overflow", devices.overflow),
 )
 
 
@@ -420,23 +66,28 @@ def _stored() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
+def _try(fault: Callable[[pathlib.Path], Outcome]) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return fault(pathlib.Path(folder))
+
+
 def main() -> int:
     """Does everything that was asked for; 1 if anything ended otherwise."""
     parser = argparse.ArgumentParser(description="Faults, tried on purpose.")
     parser.add_argument("--only", default="", help="faults with this word")
     parser.add_argument("--page", action="store_true", help="only write the table")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)
     failed = False
     for name, fault in () if options.page else FAULTS:
         if options.only.lower() not in name.lower():
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                times, outcome = fault(pathlib.Path(folder))
-            except Exception as error:
-                failed = True
-                print(f"{name}: NOT AS EXPECTED: {error!r}", flush=True)
-                continue
+        try:
+            times, outcome = _try(fault)
+        except Exception as error:
+            failed = True
+            print(f"{name}: NOT AS EXPECTED: {error!r}", flush=True)
+            continue
         print(f"{name}: {times} times: {outcome}", flush=True)
         # Another process may have tried another fault meanwhile.
         results = _stored()

@@ -1,27 +1,26 @@
-"""Faults of devices, hosts, data and numbers: each is made, and what came out is told.
+"""Faults of devices, hosts, data and numbers, done on purpose.
 
-Every function returns ``(fault, tries, outcome)``, a row of the table in
-``docs/scale.md``; ``python benchmarks/faults_devices.py`` prints them all.
+Faults of ``faults.py``: functions of an empty folder that return how often it was tried
+and what came out, and raise if that is not what the page promises.
 """
 
-import os
+import multiprocessing
+import pathlib
+import re
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faults_common import Outcome, error_line, expect, one_line, python
 
 from classp_jax import continual
-from classp_jax.continual.train import hosts
+from classp_jax.continual.train import feed, hosts
 
-Row = tuple[str, int, str]
 FEATURES, CLASSES, BATCH = 1024, 10, 32
 MODEL = (
     lambda key: {"w": 0.01 * jax.random.normal(key, (FEATURES, CLASSES))},
@@ -29,17 +28,16 @@ MODEL = (
 )
 
 
-def _batches(
-    rng: np.random.Generator, count: int, size: int = BATCH
-) -> Iterator[tuple[Any, Any]]:
+def _batches(rng: np.random.Generator, count: int) -> Iterator[tuple[Any, Any]]:
     for _ in range(count):
-        y = rng.integers(0, CLASSES, size)
-        x = rng.normal(size=(size, FEATURES)).astype(np.float32)
+        y = rng.integers(0, CLASSES, BATCH)
+        x = rng.standard_normal((BATCH, FEATURES), np.float32)
         yield x + (y[:, None] == np.arange(FEATURES) % CLASSES), y
 
 
 def _stream(read: Callable[..., Any], steps: int, tasks: int = 1) -> continual.Stream:
-    x, y = next(_batches(np.random.default_rng(0), 1, 256))
+    parts = zip(*_batches(np.random.default_rng(0), 8), strict=True)
+    x, y = (np.concatenate(part) for part in parts)
     return continual.stream_of_batches(
         [(read, x, y)] * tasks, examples=steps * BATCH, num_classes=CLASSES
     )
@@ -52,28 +50,41 @@ def _train(stream: Any, method: str = "classp", **options: Any) -> Any:
     )
 
 
-def _one_line(function: Callable[[], Any]) -> tuple[bool, float]:
-    """Whether it ends in a one-line error of ours, and after how many seconds."""
-    began = time.perf_counter()
-    try:
-        function()
-    except continual.ContinualError as error:
-        return "\n" not in str(error), time.perf_counter() - began
-    return False, time.perf_counter() - began
-
-
-def absent_coordinator() -> Row:
-    """No process listens where the first one should be."""
+def _free_address() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    good, seconds = _one_line(lambda: hosts.join(address, 2, 1, patience=3))
-    outcome = f"one line {seconds - 3:.1f} s after the patience of 3 s" if good else "?"
-    return "the coordinator cannot be reached", 1, outcome
+        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
-def devices_that_do_not_divide() -> Row:
+def absent_coordinator(folder: pathlib.Path, patience: int = 3) -> Outcome:
+    """No process listens where the first one should be."""
+    del folder
+    address = _free_address()
+    line, seconds = one_line(lambda: hosts.join(address, 2, 1, patience=patience))
+    expect(address in line and seconds < patience + 5, (line, seconds))
+    return 1, f"one line that names it, {seconds - patience:.1f} s after the patience"
+
+
+def absent_process(folder: pathlib.Path) -> Outcome:
+    """The first of two processes waits for the other one."""
+    address = _free_address()
+    options = f"--distributed --coordinator {address} --processes 2 --process-id 0"
+    began = time.perf_counter()
+    code = "from classp_jax.__main__ import main; main()"
+    done = python(code, "run", *options.split(), "--out", str(folder))
+    seconds = time.perf_counter() - began
+    line = error_line(done)
+    expect(done.returncode == 1 and address in line, (done.returncode, line))
+    expect(f"waited {hosts.PATIENCE} seconds" in line, line)
+    return 1, (
+        "one line that names address and patience, status 1, "
+        f"{seconds - hosts.PATIENCE:.0f} s of start and end beside {hosts.PATIENCE} s"
+    )
+
+
+def do_not_divide(folder: pathlib.Path) -> Outcome:
     """More devices than there are, runs and batches that do not divide, wrong axes."""
+    del folder
     stream = _stream(lambda rng: _batches(rng, 4), 4)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     cases: list[dict[str, Any]] = [
@@ -84,112 +95,106 @@ def devices_that_do_not_divide() -> Row:
         {"mesh": mesh},
         {"mesh": mesh, "devices": 8},
     ]
-    found = [_one_line(lambda c=case: _train(stream, **c)) for case in cases]
-    good = sum(line for line, _ in found)
-    slowest = max(seconds for _, seconds in found)
-    outcome = (
-        f"{good} times one line before anything is compiled, within {slowest:.1f} s"
-    )
-    return "devices, runs and batches that do not divide", len(cases), outcome
+    slowest = max(one_line(lambda c=case: _train(stream, **c))[1] for case in cases)
+    outcome = f"one line before anything is compiled, within {slowest:.1f} s"
+    return len(cases), outcome
 
 
-def broken_batches(nonfinite: str, tries: int = 20) -> Row:
-    """A batch of NaN at a random place."""
-    rng, kept = np.random.default_rng(1), 0
-    for _ in range(tries):
+def _nan_in_a_batch(nonfinite: str, good: Callable[[Any], bool]) -> int:
+    """Trains with a batch of NaN at a random place, 20 times."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
         place = int(rng.integers(0, 40))
 
         def read(rng: np.random.Generator, place: int = place) -> Iterator[Any]:
             for number, (x, y) in enumerate(_batches(rng, 40)):
                 yield (x * np.nan if number == place else x), y
 
-        stream = _stream(read, 40)
-        (run,) = _train(stream, "ewc+classp", nonfinite=nonfinite).runs
-        as_it_should = (
-            run.skipped_steps == 1 and run.matrix[-1][0] > 0.5
-            if nonfinite == "skip"
-            else run.diverged
-        )
-        kept += as_it_should
-    what = "the step undone and counted, the task learned"
-    what = what if nonfinite == "skip" else "the run is marked as diverged"
-    return f'a batch of NaN, nonfinite="{nonfinite}"', tries, f"{kept} times {what}"
+        (run,) = _train(_stream(read, 40), "ewc+classp", nonfinite=nonfinite).runs
+        expect(good(run), run)
+    return 20
 
 
-def overflow() -> Row:
+def nan_stops(folder: pathlib.Path) -> Outcome:
+    """A batch of NaN, which ends the run."""
+    del folder
+    times = _nan_in_a_batch("stop", lambda run: run.diverged)
+    return times, "the run is marked as diverged"
+
+
+def nan_is_skipped(folder: pathlib.Path) -> Outcome:
+    """A batch of NaN, which is left out."""
+    del folder
+    times = _nan_in_a_batch(
+        "skip", lambda run: run.skipped_steps == 1 and run.matrix[-1][0] > 0.5
+    )
+    return times, "the step is undone and counted, the task learned"
+
+
+def overflow(folder: pathlib.Path) -> Outcome:
     """Inputs whose scaled gradients leave float16."""
+    del folder
     stream = _stream(lambda rng: ((300 * x, y) for x, y in _batches(rng, 60)), 60)
     results = _train(stream, compute_dtype="float16", save_weights=True)
     (run,), ((_, trained),) = results.runs, results.params.items()
-    finite = all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves(trained))
-    outcome = (
+    leaves = jax.tree.leaves(trained)
+    expect(all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves), trained)
+    expect(0 < run.skipped_steps < 60, run.skipped_steps)
+    return 1, (
         f"{run.skipped_steps} of 60 steps undone while the scale falls; weights and "
-        f"accumulators {'stay finite' if finite else 'broke'}"
+        "accumulators stay finite"
     )
-    return "float16 gradients that overflow", 1, outcome
 
 
-def reader_fails(tries: int = 20) -> Row:
+def reader_fails(folder: pathlib.Path) -> Outcome:
     """The data ends in an exception at a random place."""
-    rng, good = np.random.default_rng(2), 0
-    for _ in range(tries):
+    del folder
+    rng = np.random.default_rng(2)
+    for _ in range(20):
         place = int(rng.integers(0, 40))
 
         def read(rng: np.random.Generator, place: int = place) -> Iterator[Any]:
             yield from _batches(rng, place)
             raise OSError("Input/output error")
 
-        line, _ = _one_line(lambda r=read: _train(_stream(r, 40), "sgd"))
-        good += line and not any(t.name == "feed" for t in threading.enumerate())
-    return (
-        "reading a batch fails",
-        tries,
-        f"{good} times one line that names the task and the error, no thread left",
-    )
+        line, _ = one_line(lambda r=read: _train(_stream(r, 40), "sgd"))
+        expect("task 1" in line and "Input/output error" in line, line)
+        expect(not any(t.name == "feed" for t in threading.enumerate()), "a thread")
+    return 20, "one line that names the task and the error, no thread left"
 
 
-def memory_of_batches(tasks: int = 100, steps: int = 60) -> Row:
-    """A hundred tasks of 8 MB each: the memory of the process after each of them."""
-    resident: list[float] = []
+def memory(tasks: int, steps: int, block: int) -> list[tuple[float, float]]:
+    """After each task, the MB that this process has in memory, and the most so far."""
+    feed.BLOCK_BYTES = block
+    found: list[tuple[float, float]] = []
 
     def after_a_task(event: Any) -> None:
         if event.task_finished:
-            with open("/proc/self/statm", "rb") as file:
-                pages = int(file.read().split()[1])
-            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            status = pathlib.Path("/proc/self/status").read_text()
+            named = dict(re.findall(r"(\w+):\s*(\d+) kB", status))
+            found.append(tuple(int(named[n]) * 1024 / 1e6 for n in ("VmRSS", "VmHWM")))
 
     stream = _stream(lambda rng: _batches(rng, steps), steps, tasks)
     _train(stream, "replay+classp", progress=after_a_task)
-    data = tasks * steps * BATCH * FEATURES * 4 / 2**30
-    outcome = (
-        f"{data:.1f} GiB went by; the process has {resident[9]:,.0f} MiB after task "
-        f"10, {resident[tasks // 2 - 1]:,.0f} after task {tasks // 2}, "
-        f"{resident[-1]:,.0f} after task {tasks}, at most {max(resident):,.0f}"
+    return found
+
+
+def memory_of_batches(
+    folder: pathlib.Path,
+    tasks: int = 100,
+    steps: int = 320,
+    block: int = feed.BLOCK_BYTES,
+) -> Outcome:
+    """Tasks of 42 MB each, one after the other, in a process of their own."""
+    del folder
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(memory, (tasks, steps, block))
+    tenth = tasks // 10
+    (early, early_peak), (last, peak) = found[tenth - 1], found[-1]
+    task = steps * BATCH * FEATURES * 4 / 1e6
+    expect(peak - early_peak < (tasks - tenth) * task / 4, found)
+    return 1, (
+        f"{tasks} tasks, {tasks * task / 1e3:.1f} GB in all, `replay+classp`: "
+        f"{early:,.0f} MB in memory after task {tenth} and {last:,.0f} MB after task "
+        f"{tasks}; the most so far {early_peak:,.0f} and {peak:,.0f} MB"
     )
-    return "training data larger than what it is given", 1, outcome
-
-
-FAULTS: tuple[Callable[[], Row], ...] = (
-    absent_coordinator,
-    devices_that_do_not_divide,
-    overflow,
-    memory_of_batches,
-    reader_fails,
-    lambda: broken_batches("stop"),
-    lambda: broken_batches("skip"),
-)
-
-
-def main() -> None:
-    """Prints the rows of the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Every trial's functions are new to JAX, but not what they compile to.
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        for fault in FAULTS:
-            what, tries, outcome = fault()
-            print(f"| {what} | {tries} | {outcome} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

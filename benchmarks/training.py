@@ -215,21 +215,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of training.")
     parser.add_argument("--networks", nargs="+", default=list(PRODUCTS))
     parser.add_argument("--steps", type=int, default=600, help="the CNN takes a tenth")
-    parser.add_argument("--seeds", type=int, default=4, help="those side by side")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--seeds", type=int, help="those side by side")
+    parser.add_argument("--repetitions", type=int)
     parser.add_argument("--checkpoints", action="store_true", help="what they cost")
     options = parser.parse_args()
     if options.checkpoints:
-        thousands = max(options.steps // 100, 2)
-        print_cost_of_checkpoints(options.seeds, options.repetitions, thousands)
+        thousands = max(options.steps // 200, 2)
+        seeds, repetitions = options.seeds or 2, options.repetitions or 5
+        print_cost_of_checkpoints(seeds, repetitions, thousands)
         return
+    seeds, repetitions = options.seeds or 4, options.repetitions or 7
     steps = {"mlp": options.steps, "cnn": max(options.steps // 10, 1)}
-    rows = rows_of(options.networks, steps, options.seeds)
+    rows = rows_of(options.networks, steps, seeds)
     for row in rows:
         row.seconds()  # Compiles.
     measured = {row: [] for row in rows}
     limits = []
-    for _ in range(options.repetitions):
+    for _ in range(repetitions):
         limits.append(limit())
         for row in rows:
             measured[row].append(row.seconds())

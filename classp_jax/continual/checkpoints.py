@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -61,8 +63,9 @@ def save(
     """Saves a tree of arrays in the background.
 
     The arrays are copied before this returns, so they may be donated to the next step.
-    The next call for this folder waits until this one is written, and raises what went
-    wrong with it; so does ``result()`` of what is returned: call it after the last one.
+    The next call for this folder waits until this one is written. What went wrong with
+    it is raised by ``result()`` of what is returned, which waits, too: call it after
+    the last one; if nobody has, the next call raises it.
     A process that ends in the ordinary way first finishes writing. One that is killed
     leaves the checkpoints before.
 
@@ -115,9 +118,9 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    future = _writer().submit(_write, folder, int(keep), content, arrays)
-    _pending[folder] = future
-    return future
+    saving = _pending[folder] = _Saving()
+    _writer().submit(saving.run, _write, folder, int(keep), content, arrays)
+    return saving
 
 
 def restore(
@@ -125,8 +128,8 @@ def restore(
 ) -> Restored:
     """Restores the newest checkpoint that is whole.
 
-    A checkpoint that is cut off or whose bytes have changed is named in a
-    :class:`CheckpointWarning`, and the one before it is used.
+    A checkpoint that could not be written, is cut off or whose bytes have changed is
+    named in a :class:`CheckpointWarning`, and the one before it is used.
 
     Args:
       folder: what :func:`save` was given.
@@ -143,7 +146,10 @@ def restore(
         first leaf that does is named.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    wait(folder)
+    try:
+        wait(folder)
+    except CheckpointError as error:
+        warnings.warn(f"{error} An earlier one is used.", CheckpointWarning, 2)
     found = find(folder, step)
     if found is None:
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -152,9 +158,13 @@ def restore(
 
 
 def wait(folder: pathlib.Path) -> None:
-    """Waits until what this process saves there is written; raises if it cannot be."""
+    """Waits until what this process saves there is written.
+
+    Raises:
+      CheckpointError: if it cannot be, and nobody has been told so far.
+    """
     pending = _pending.pop(folder, None)
-    if pending is not None:
+    if pending is not None and pending.exception() and not pending.told:
         pending.result()
 
 
@@ -224,13 +234,48 @@ def load(found: Checkpoint, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-_pending: dict[pathlib.Path, Future[pathlib.Path]] = {}
+class _Saving(Future[pathlib.Path]):
+    """A checkpoint on its way to the disk."""
+
+    told = False
+    """Whether somebody knows how it ended."""
+
+    def run(self, function: Callable[..., pathlib.Path], *arguments: Any) -> None:
+        """Makes the result of the function its own."""
+        try:
+            self.set_result(function(*arguments))
+        except BaseException as error:
+            self.set_exception(error)
+
+    def result(self, timeout: float | None = None) -> pathlib.Path:
+        """Where the checkpoint is, when it is there."""
+        self.exception(timeout)
+        self.told = True
+        return super().result()
+
+
+_pending: dict[pathlib.Path, _Saving] = {}
 """Of each folder, the last checkpoint that this process has begun."""
 
 
 @functools.cache
 def _writer() -> ThreadPoolExecutor:
+    _quiet_about_closed_loops()
     return ThreadPoolExecutor(1, "checkpoints")
+
+
+def _quiet_about_closed_loops() -> None:
+    """When one array cannot be written, Orbax is gone before the others are.
+
+    They try to tell its event loop, which is closed, and print a traceback each.
+    """
+    before = sys.unraisablehook
+
+    def hook(fault: Any) -> None:
+        if fault.object is not None or str(fault.exc_value) != "Event loop is closed":
+            before(fault)
+
+    sys.unraisablehook = hook
 
 
 @functools.cache
@@ -273,9 +318,7 @@ def _write(
     final, temporary = folder / str(step), folder / f"{step}.tmp"
     ocp = orbax()
     try:
-        # What a process that was killed has left, and Orbax's own, end alike.
-        for left in folder.glob("*.tmp*"):
-            shutil.rmtree(left)
+        _remove_unfinished(folder)
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
             writer.save(temporary, args=ocp.args.PyTreeSave(arrays))
         if jax.process_index() == 0:
@@ -290,10 +333,15 @@ def _write(
             temporary.rename(final)
             _prune(folder, step, keep)
     except Exception as error:
-        for left in folder.glob("*.tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_unfinished(folder)
         raise _cannot_write(final, error) from error
     return final
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what a process that was killed, or a full disk, has left."""
+    for left in folder.glob("*.tmp*"):  # Orbax's own end like ours.
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _prune(folder: pathlib.Path, step: int, keep: int) -> None:
@@ -397,6 +445,9 @@ def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
     text = str(error).strip() or type(error).__name__
+    # What the file system said, at the end of a long line.
+    if codes := re.findall(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(codes[-1]))
     return text.splitlines()[0].rstrip(".")
 
 

@@ -51,9 +51,9 @@ def main_of_process() -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     status = main()
-    if status in (INTERRUPTED, TERMINATED):
-        # XLA may still be computing in threads of its own, and an orderly exit that
-        # takes their memory away can crash.
+    if status != OK:
+        # Threads may still be training, or waiting for another process. An orderly exit
+        # waits for some, and crashes others by taking their memory away.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,5 +1,9 @@
 """The errors that a user can cause; every message is one line."""
 
+from typing import Any
+
+import numpy as np
+
 
 class ContinualError(ValueError):
     """Something that was asked for does not work; the message is one line.
@@ -19,3 +23,10 @@ class CheckpointError(ContinualError):
 
 class CheckpointWarning(UserWarning):
     """A damaged checkpoint was passed over; the message is one line."""
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ContinualError unless the value is a whole number of at least so much."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ContinualError(f"{name} must be a whole number >= {least}, got {value!r}")

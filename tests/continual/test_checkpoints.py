@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-import faults
+import faults_runs as faults
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +160,52 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
     assert continual.restore(tmp_path, np.arange(3)).step == 4
 
 
+FULL = """
+import resource, sys
+import numpy as np
+from classp_jax import continual
+
+tree = {str(k): np.random.default_rng(k).normal(size=(100, 100)) for k in range(20)}
+continual.save(sys.argv[1], tree, step=1).result()
+for attempt in range(5):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+    try:
+        continual.save(sys.argv[1], tree, step=2).result()
+    except continual.CheckpointError as error:
+        print(error)
+    assert continual.restore(sys.argv[1], tree).step == 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+continual.save(sys.argv[1], tree, step=2).result()
+assert continual.restore(sys.argv[1], tree).step == 2
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path):
+    """Of many arrays that cannot be written none prints a traceback."""
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    line = f"Cannot write the checkpoint {tmp_path}/2: File too large."
+    assert done.stdout.splitlines() == [line] * 5
+
+
+def test_what_could_not_be_written_is_told_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "there")
+
+    continual.save(tmp_path, np.arange(3), step=1).result()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "write_atomically", full)
+        saved = continual.save(tmp_path, np.arange(3), step=2)
+        with pytest.raises(continual.CheckpointError, match="No space left"):
+            saved.result()
+        continual.save(tmp_path, np.arange(3), step=3)
+        with pytest.warns(continual.CheckpointWarning, match="An earlier one is used"):
+            assert continual.restore(tmp_path, np.arange(3)).step == 1
+    continual.save(tmp_path, np.arange(3), step=4).result()
+    assert continual.restore(tmp_path, np.arange(3)).step == 4
+
+
 class Interrupted(Exception):  # noqa: N818 - no error of ours
     """Comes from outside in the middle of training."""
 
@@ -229,6 +275,21 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bits(tmp_path, monkey
     assert ours
     assert all(theirs[key] == value for key, value in ours.items())
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_who_is_stopped_while_the_disk_is_full_is_not_told_that_all_is_saved(
+    tmp_path, monkeypatch
+):
+    def stop(record):
+        raise SystemExit(143)
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "there")
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    options = {"folder": tmp_path, "checkpoint_every": 3, "on_metrics": stop}
+    with pytest.raises(continual.CheckpointError, match="No space left"):
+        _train(["sgd"], **options)
 
 
 def test_what_cannot_go_on_is_refused_before_training(tmp_path):

@@ -138,7 +138,10 @@ def test_what_does_not_divide_is_refused_before_training(digits, monkeypatch):
     monkeypatch.setattr("classp_jax.continual.train.run.compile_method", never)
     for options, words in {
         (("devices", 9),): "9 devices are asked for, JAX has 8",
-        (("devices", 0),): "devices must be >= 1",
+        (("devices", 0),): "devices must be a whole number >= 1, got 0",
+        (("devices", "2"),): "devices must be a whole number >= 1, got '2'",
+        (("devices_per_run", None),): "devices_per_run must be a whole number",
+        (("mesh", "x"),): "mesh must be a jax.sharding.Mesh, got 'x'",
         (("devices", 8), ("devices_per_run", 3)): "do not divide",
         (("devices_per_run", 5),): "batch_size 16 does not divide among the 5",
         (("shard_parameters", True),): "give devices_per_run",

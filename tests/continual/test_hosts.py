@@ -123,6 +123,55 @@ def test_an_absent_coordinator_is_one_line_within_seconds():
     assert time.monotonic() - began < 30
 
 
+JOIN = """
+import os, signal, sys, time
+from classp_jax.continual import ContinualError
+from classp_jax.continual.train import hosts
+
+coordinator, processes, process_id = sys.argv[1:]
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+try:
+    hosts.join(coordinator, int(processes), int(process_id), patience=2)
+except ContinualError as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(10)
+"""
+
+
+def _join(coordinator, processes, process_id):
+    return subprocess.Popen(
+        [sys.executable, "-c", JOIN, coordinator, str(processes), str(process_id)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_those_who_wait_for_a_third_in_vain_say_so_in_one_line():
+    """Where JAX would abort them, and take note of SIGTERM without ending."""
+    address = f"127.0.0.1:{_port()}"
+    children = [_join(address, 3, 0), _join(address, 3, 1)]
+    children.append(_join(f"127.0.0.1:{_port()}", 1, 0))
+    for child in children:
+        _, errors = child.communicate(timeout=300)
+        if child is children[-1]:
+            assert (child.returncode, errors) == (143, "")
+        else:
+            assert child.returncode == 1
+            assert errors.startswith(f"waited 2 seconds at {address} for 3 processes")
+            assert errors.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ContinualError, match="cannot have port") as error:
+            hosts.join(f"127.0.0.1:{port}", 2, 0)
+    assert "(Address already in use)" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
@@ -134,7 +183,12 @@ def test_an_absent_coordinator_is_one_line_within_seconds():
             "process_id 2 is not one of 2 processes",
         ),
         (
-            "--distributed --processes 2 --process-id 1 --coordinator a",
+            "--distributed --processes 2 --process-id 0 --coordinator a",
+            1,
+            "coordinator must be HOST:PORT",
+        ),
+        (
+            "--distributed --processes 2 --process-id 1 --coordinator a:65536",
             1,
             "coordinator must be HOST:PORT",
         ),

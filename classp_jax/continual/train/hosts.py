@@ -3,9 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -18,6 +21,8 @@ from classp_jax.continual.train.places import Place
 
 PATIENCE = 30
 """Seconds that processes wait for each other at the start."""
+_FOR_EVER = 10**6
+"""Seconds after which JAX would end a process that still waits."""
 
 
 def join(
@@ -36,9 +41,9 @@ def join(
       patience: seconds to wait for the others.
 
     Raises:
-      ContinualError: in one line, if the coordinator cannot be reached in time, or no
-        cluster is known. Where JAX itself waits in vain, as the first process does, it
-        ends the process.
+      ContinualError: in one line, if the coordinator cannot be reached or the others do
+        not all come in time, or no cluster is known. JAX cannot be called off then: a
+        thread of its goes on waiting, and the process should end by ``os._exit``.
     """
     given = [value is not None for value in (coordinator, processes, process_id)]
     if any(given) and not all(given):
@@ -46,37 +51,77 @@ def join(
             "coordinator, processes and process_id go together; give all three or, on "
             "a cluster that JAX knows, none"
         )
-    if processes is not None and process_id is not None:
+    if coordinator is not None and processes is not None and process_id is not None:
         if not 0 <= process_id < processes:
             raise ContinualError(
                 f"process_id {process_id} is not one of {processes} processes: 0 to "
                 f"{processes - 1}"
             )
-        if coordinator is not None and process_id > 0:
-            # JAX would abort the process with a page of addresses.
-            _reach(coordinator, patience)
+        host, port = _address(coordinator)
+        if process_id == 0:
+            _check_free(port)
+        else:
+            _reach(host, port, patience)
+    # SIGTERM is ours: it ends a process, where JAX would only take note of it.
+    jax.config.update("jax_enable_preemption_service", False)
+    joined: Future[None] = Future()
+
+    def join_them() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator, processes, process_id, initialization_timeout=_FOR_EVER
+            )
+            joined.set_result(None)
+        except Exception as error:
+            joined.set_exception(error)
+
+    # In a thread, since JAX ends a process that has waited for too long, with a page of
+    # addresses in place of a line.
+    threading.Thread(target=join_them, name="join", daemon=True).start()
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process_id, initialization_timeout=patience
-        )
+        joined.result(patience)
+    except TimeoutError:
+        raise ContinualError(
+            f"waited {patience} seconds at {coordinator or 'the coordinator'} for "
+            f"{f'{processes} processes' if processes else 'the processes'}, and not "
+            "all came: is each of them running, with its own process id?"
+        ) from None
     except (ValueError, RuntimeError) as error:
+        if coordinator is None and isinstance(error, ValueError):
+            raise ContinualError(
+                "JAX finds no cluster here: give coordinator, processes and process_id"
+            ) from error
         line = " ".join(str(error).split())
         raise ContinualError(f"the processes did not come together: {line}") from error
 
 
-def _reach(address: str, patience: float) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ContinualError(f"coordinator must be HOST:PORT, got {address!r}")
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ContinualError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    return host.strip("[]"), int(port)
+
+
+def _check_free(port: int) -> None:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ContinualError(
+            f"the coordinator cannot have port {port} "
+            f"({os.strerror(error.errno or 0)}): give all processes another one"
+        ) from error
+
+
+def _reach(host: str, port: int, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ContinualError(
-                    f"no coordinator at {address} within {patience} seconds "
+                    f"no coordinator at {host}:{port} within {patience} seconds "
                     f"({error.strerror or error}): is the first process running?"
                 ) from error
             time.sleep(0.1)

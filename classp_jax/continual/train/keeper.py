@@ -104,6 +104,7 @@ class Keeper(NoKeeper):
         self._begun: dict[pathlib.Path, tuple[int, int]] = {}
         self._numbers: dict[pathlib.Path, int] = {}
         self._stopping = threading.Event()
+        self._failure: CheckpointError | None = None
         self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> "Keeper":
@@ -178,7 +179,8 @@ class Keeper(NoKeeper):
           CheckpointError: if the checkpoint, or the one before, cannot be written.
         """
         if self._stopping.is_set():
-            self.save(group, task, point)
+            with self._noting_failure():
+                self.save(group, task, point)
             raise Stopped
         step = max(int(track.state.step) for track in group)
         at_end = step >= max(track.plan.steps[task] for track in group)
@@ -205,22 +207,34 @@ class Keeper(NoKeeper):
 
     @contextlib.contextmanager
     def saving(self, executor: Executor) -> Iterator[None]:
-        """Training; what ends it from outside, but for Ctrl-C, waits for a save."""
+        """Training; what ends it from outside, but for Ctrl-C, waits for a save.
+
+        Raises:
+          CheckpointError: if a run cannot be saved.
+        """
         try:
             yield
-            self._wait()
+            for place in self._begun:
+                checkpoints.wait(place)
         except KeyboardInterrupt:
             raise
-        except BaseException:
+        except BaseException as error:
             self._stopping.set()
             executor.shutdown(cancel_futures=True)
-            with contextlib.suppress(CheckpointError):
-                self._wait()
+            for place in self._begun:
+                with self._noting_failure():
+                    checkpoints.wait(place)
+            if self._failure is not None and not isinstance(error, Exception):
+                # Nobody is to believe that all is saved.
+                raise self._failure from error
             raise
 
-    def _wait(self) -> None:
-        for place in self._begun:
-            checkpoints.wait(place)
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as failure:
+            self._failure = failure
 
     def remove(self) -> None:
         """Removes the checkpoints of these runs, whose results are stored."""

@@ -1,7 +1,6 @@
 """The training loop: task by task, point by point: step, evaluate; end the task."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from classp_jax.continual.methods import Method
@@ -16,9 +15,9 @@ from classp_jax.continual.train.side_by_side import (
     finish_lane,
     lanes_of,
     schedules_of,
-    workers,
+    threads_for,
 )
-from classp_jax.continual.train.track import Track, start_tracks
+from classp_jax.continual.train.track import Track, records_of, start_tracks
 
 
 def train(
@@ -58,8 +57,6 @@ def train(
     """
     tracks = start_tracks(experiment, method, settings, weights, rounding_copies)
     lanes = lanes_of(tracks)
-    threads = max(min(workers(experiment.places), len(lanes)), 1)
-
     keeper = keeper or NoKeeper()
     first_task = keeper.start(lanes)
     report = reporter(tracks, on_metrics, progress)
@@ -86,27 +83,15 @@ def train(
         for group in lane:
             train_task(group, task)
 
-    executor = ThreadPoolExecutor(threads)
-    try:
-        with keeper.saving(executor):
-            for task in range(first_task, len(experiment.task_names)):
-                list(executor.map(lambda lane, k=task: train_lane(lane, k), lanes))
-                report(None, task)
-            list(executor.map(finish_lane, lanes))
-    finally:
-        # Ctrl-C does not wait for the steps that the threads are in the middle of.
-        executor.shutdown(wait=False, cancel_futures=True)
-    own = [track for track in tracks if track.copy == 0]
+    places = experiment.places
+    with threads_for(lanes, places) as (threads, executor), keeper.saving(executor):
+        for task in range(first_task, len(experiment.task_names)):
+            list(executor.map(lambda lane, k=task: train_lane(lane, k), lanes))
+            report(None, task)
+        list(executor.map(finish_lane, lanes))
     if trained is not None:
+        own = [track for track in tracks if track.copy == 0]
         trained |= gather_trees({t.index: (t.place, t.state) for t in own})
-    runs = gather_runs(
-        {
-            track.index: track.record(
-                threads, [t for t in tracks if t.index == track.index]
-            )
-            for track in own
-            if track.place.reports
-        }
-    )
+    runs = gather_runs(records_of(tracks, threads))
     seeds = range(len(experiment.plans))
     return [[runs[i, j] for j in seeds] for i in range(len(settings))]

@@ -17,7 +17,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.errors import ContinualError, check_count
 from classp_jax.continual.train.plan import Examples
 
 _BATCH = "batch"
@@ -139,6 +139,9 @@ def places_of(
     Raises:
       ContinualError: for what JAX does not have, or what does not divide.
     """
+    if devices is not None:
+        check_count("devices", devices, 1)
+    check_count("devices_per_run", devices_per_run, 1)
     if mesh is not None:
         grid = _grid_of(mesh, devices, devices_per_run)
     else:
@@ -161,8 +164,6 @@ def _grid(devices: int | None, per_run: int) -> np.ndarray:
     found = jax.devices()
     if devices is None:
         devices = len(found) if jax.process_count() > 1 else per_run
-    if devices < 1 or per_run < 1:
-        raise ContinualError(f"devices must be >= 1: {min(devices, per_run)}")
     if devices > len(found):
         hint = (
             f"; for a trial JAX_NUM_CPU_DEVICES={devices} makes several of a CPU"
@@ -187,6 +188,8 @@ def _grid(devices: int | None, per_run: int) -> np.ndarray:
 def _grid_of(mesh: Mesh, devices: int | None, per_run: int) -> np.ndarray:
     if devices is not None or per_run != 1:
         raise ContinualError("give a mesh or numbers of devices, not both")
+    if not isinstance(mesh, Mesh):
+        raise ContinualError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     if not mesh.axis_names or not set(mesh.axis_names) <= {"runs", _BATCH}:
         raise ContinualError(
             f"mesh has the axes {', '.join(map(str, mesh.axis_names))}: they must be "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.errors import ContinualError, check_count
 from classp_jax.continual.methods.protocol import Method
 from classp_jax.continual.methods.registry import (
     as_methods,
@@ -37,7 +37,7 @@ from classp_jax.continual.train.keeper import Keeper, folder_of
 from classp_jax.continual.train.loop import train
 from classp_jax.continual.train.progress import Progress
 from classp_jax.continual.train.provenance import provenance
-from classp_jax.continual.train.setup import check_count, set_up
+from classp_jax.continual.train.setup import set_up
 
 
 class Trained(NamedTuple):

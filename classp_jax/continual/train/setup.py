@@ -11,7 +11,7 @@ import numpy as np
 
 from classp_jax.continual.data.arrays import Split, Stream
 from classp_jax.continual.data.batches import Batches
-from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.errors import ContinualError, check_count
 from classp_jax.continual.models import as_model
 from classp_jax.continual.train.experiment import Experiment, prepare
 from classp_jax.continual.train.plan import Training
@@ -151,13 +151,6 @@ def _training(options: Mapping[str, Any]) -> Training:
             f"normalisation must be a finite mean and a deviation above 0: {scale}"
         )
     return training
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises ContinualError unless the value is a whole number of at least so much."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ContinualError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def _checked_seeds(seeds: Any) -> list[int]:

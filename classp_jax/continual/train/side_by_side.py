@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -117,12 +118,22 @@ def _groups_of(tracks: Sequence[Track]) -> list[Group]:
     ]
 
 
-def workers(places: Sequence[Place]) -> int:
-    """One thread per core; an accelerator is kept busy by one."""
+@contextlib.contextmanager
+def threads_for(
+    lanes: Sequence[Sequence[Group]], places: Sequence[Place]
+) -> Iterator[tuple[int, ThreadPoolExecutor]]:
+    """Threads to train lanes in, and how many: one per core, or per accelerator."""
     if jax.default_backend() != "cpu":
-        return len(places)
-    count = getattr(os, "process_cpu_count", os.cpu_count)
-    return count() or 1
+        most = len(places)
+    else:
+        most = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    number = max(min(most, len(lanes)), 1)
+    executor = ThreadPoolExecutor(number)
+    try:
+        yield number, executor
+    finally:
+        # Ctrl-C does not wait for the steps that the threads are in the middle of.
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -311,6 +311,17 @@ def start_tracks(
     return tracks
 
 
+def records_of(tracks: Sequence[Track], workers: int) -> dict[tuple[int, int], Run]:
+    """The finished runs that this process is to tell of, by (setting, seed) indices."""
+    return {
+        track.index: track.record(
+            workers, [t for t in tracks if t.index == track.index]
+        )
+        for track in tracks
+        if track.copy == 0 and track.place.reports
+    }
+
+
 def _moved(params: Any, seed: int, copy: int) -> Any:
     """Each weight moved to the next number above or below, at random."""
     rng = generator(seed, _ROUNDING, copy)

@@ -21,6 +21,8 @@ from safetensors.numpy import load_file, save_file
 import classp_jax
 from classp_jax import finetune
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 fill: Any = classp_jax.accumulate_importance
 
 RNG = np.random.default_rng(0)
@@ -178,9 +180,11 @@ def test_gradient_accumulation_goes_around():
     state = finetune.put_importance(tx.init(PARAMS), importance)
     chex.assert_trees_all_equal(classp_jax.accumulators(state), importance)
     alone = finetune.put_importance(protected().init(PARAMS), importance)
-    first, second = (jax.grad(loss)(PARAMS, batch) for batch in BATCHES)
-    _, state = tx.update(first, state, PARAMS)
-    updates, _ = tx.update(second, state, PARAMS)
+    gradient = jax.jit(jax.grad(loss))
+    first, second = (gradient(PARAMS, (X[k : k + 3], Y[k : k + 3])) for k in (0, 3))
+    update = jax.jit(tx.update)
+    _, state = update(first, state, PARAMS)
+    updates, _ = update(second, state, PARAMS)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
     expected, _ = protected().update(mean, alone, PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
@@ -192,11 +196,15 @@ def test_it_holds_weights_back_in_training():
     shifted = [(X, Y + 1.0)]
 
     def after(tx: Any, state: Any) -> list[float]:
-        params: Any = PARAMS
-        for _ in range(40):
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
             gradient = jax.grad(loss)(params, shifted[0])
             updates, state = tx.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state
+
+        params: Any = PARAMS
+        for _ in range(40):
+            params, state = step(params, state)
         return [float(abs(params[k] - PARAMS[k]).max()) for k in ("w", "b")]
 
     tx = classp_jax.protect(optax.adamw(1e-2), eps=1e-3, frozen=True)

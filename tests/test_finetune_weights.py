@@ -20,6 +20,8 @@ from classp_jax.finetune.llama import Llama, LlamaConfig, RopeScaling
 from classp_jax.torch_state.layouts import by_path, tensors_of
 from tests import finetune_reference as reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES: Any = {
     "vocab_size": 13,
     "hidden_size": 16,

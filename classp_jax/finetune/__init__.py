@@ -18,11 +18,13 @@ from classp_jax.finetune.importance import (
     put_importance,
     save_importance,
 )
+from classp_jax.finetune.merging import merge
 
 __all__ = [
     "gradients",
     "importance_from_magnitude",
     "load_importance",
+    "merge",
     "put_importance",
     "save_importance",
 ]

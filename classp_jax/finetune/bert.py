@@ -11,10 +11,14 @@ Example:
   ...     vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32,
   ...     max_length=8,
   ... )
-  >>> model = Bert(config, rngs=nnx.Rngs(0))
+  >>> # Without weights, for those of a file; Bert(config, rngs=...) draws its own.
+  >>> model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
   >>> tokens = jnp.array([[2, 7, 9, 3], [2, 4, 3, 0]], jnp.int32)
-  >>> hidden = model(tokens, mask=tokens != 0)  # [batch, time, hidden_size]
-  >>> print(hidden.shape, model.pooled(hidden).shape)
+  >>> def encode(model, tokens):
+  ...     hidden = model(tokens, mask=tokens != 0)  # [batch, time, hidden_size]
+  ...     return hidden, model.pooled(hidden)
+  >>> hidden, pooled = nnx.eval_shape(encode, model, tokens)
+  >>> print(hidden.shape, pooled.shape)
   (2, 4, 16) (2, 16)
 
 References:

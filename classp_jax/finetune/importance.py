@@ -175,8 +175,8 @@ def put_importance(
       [ 5. 15.]
     """
     strength = non_negative("strength", strength)
-    found = _by_name(importance, "importance")
-    _require_same(found, _by_name(accumulators(state), "state"), "The importance")
+    found = by_name(importance, "importance")
+    require_same(found, by_name(accumulators(state), "state"), "The importance")
 
     def replaced(path: Any, old: Any) -> Any:
         new = jnp.asarray(found[path_name(path)]).astype(working_dtype(old))
@@ -227,15 +227,13 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
       >>> print(classp_jax.accumulators(state)["w"])
       [1. 3.]
     """
-    tree = importance
-    if accumulators_in(importance):
-        tree = accumulators(importance)
-    found, expected = _by_name(tree, "importance"), _by_name(params, "parameters")
+    tree = accumulators(importance) if accumulators_in(importance) else importance
+    found, expected = by_name(tree, "importance"), by_name(params, "parameters")
     masked = tuple(f"{name}/" for name in _masked_names(tree))
     expected = {n: w for n, w in expected.items() if not f"{n}/".startswith(masked)}
-    _require_same(found, expected, "The importance")
+    require_same(found, expected, "The importance")
     wide = {n: jnp.asarray(a).astype(working_dtype(a)) for n, a in found.items()}
-    _require_sums(wide, "The importance")
+    require_sums(wide, "The importance")
     target = pathlib.Path(file).absolute()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write into.")
@@ -285,7 +283,7 @@ def load_importance(
     if not source.exists():
         raise FileNotFoundError(f"There is no importance at {source}.")
     expected = accumulators(state)
-    names = _by_name(expected, "state")
+    names = by_name(expected, "state")
     try:
         if source.is_dir():
             found = _read_orbax(source, names)
@@ -301,8 +299,8 @@ def load_importance(
             f"else: {reason}"
         ) from error
     what = f"{source} is importance of another network: it"
-    _require_same(found, names, what)
-    _require_sums(found, f"The importance in {source}")
+    require_same(found, names, what)
+    require_sums(found, f"The importance in {source}")
     tree = jax.tree_util.tree_map_with_path(
         lambda path, _: found[path_name(path)], expected
     )
@@ -325,7 +323,7 @@ def _read_orbax(source: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any
         return checkpointer.restore(source, like)
 
 
-def _by_name(tree: Any, what: str) -> dict[str, Any]:
+def by_name(tree: Any, what: str) -> dict[str, Any]:
     """The tree's arrays by their paths, such as ``encoder/kernel``."""
     leaves = jax.tree_util.tree_leaves_with_path(
         float_arrays(unwrapped(tree), what, real=True)
@@ -348,7 +346,7 @@ def _masked_names(tree: Any) -> list[str]:
     return [path_name(path) for path, leaf in leaves if is_masked(leaf)]
 
 
-def _require_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+def require_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     """Raises ValueError, with every difference, unless names and shapes agree."""
     shapes, needed = (
         {n: tuple(jnp.shape(a)) for n, a in d.items()} for d in (found, expected)
@@ -371,7 +369,8 @@ def _are_sums(tree: Any) -> Any:
     return jax.tree.map(lambda a: (jnp.isfinite(a) & (a >= 0)).all(), tree)
 
 
-def _require_sums(found: dict[str, Any], what: str) -> None:
+def require_sums(found: dict[str, Any], what: str) -> None:
+    """Raises ValueError, with the names, where something cannot be importance."""
     bad = [name for name, good in _are_sums(found).items() if not good]
     if bad:
         raise ValueError(

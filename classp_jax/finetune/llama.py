@@ -11,10 +11,11 @@ Example:
   ...     vocab_size=100, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
   ...     mlp_size=64,
   ... )
-  >>> model = Llama(config, rngs=nnx.Rngs(0))
+  >>> # Without weights, for those of a file; Llama(config, rngs=...) draws its own.
+  >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
   >>> tokens = jnp.array([[5, 3, 8, 0], [2, 2, 9, 1]], jnp.int32)
-  >>> logits = model(tokens)  # [batch, time, vocab_size]
-  >>> print(logits.shape)
+  >>> logits = nnx.eval_shape(lambda model, tokens: model(tokens), model, tokens)
+  >>> print(logits.shape)  # [batch, time, vocab_size]
   (2, 4, 100)
 
 References:

@@ -40,8 +40,11 @@ class Method(NamedTuple):
     """``(state, settings, knowledge) -> state`` with what was learned of the old."""
     replay: bool = False
     low_rank: bool = False
-    averages: bool = False
-    """Whether the curve leads from the old to the new weights, not along the steps."""
+    trained_as: str | None = None
+    """The method that trains, where this one only merges what came of it."""
+    merge: Callable[[Any, Knowledge, Any, Any], Any] | None = None
+    """``(settings, knowledge, trained, share) -> params``: the curve then leads with
+    the share from the old weights to the new ones, not along the steps."""
 
 
 RATE = (5e-5, 2e-3)
@@ -49,6 +52,9 @@ RATE = (5e-5, 2e-3)
 
 EPS = (3e-3, 3.0)
 """In units of the mean importance."""
+
+MERGING = (3e-2, 1e2)
+"""The epsilons between which a curve of merged weights leads, in the same units."""
 
 
 def masked_to_largest_momenta(fraction: Any) -> optax.GradientTransformation:
@@ -100,17 +106,32 @@ def _filled(state: Any, settings: Any, knowledge: Knowledge) -> Any:
     return finetune.put_importance(state, knowledge.importance, strength=strength)
 
 
-def _consolidated(state: Any, settings: Any, knowledge: Knowledge) -> Any:
+def _fisher(settings: Any, knowledge: Knowledge) -> Any:
     stacked = jax.tree.map(lambda *f: jnp.stack(f), *knowledge.fishers)
     # 1 to 1000 on a logarithmic scale, in three equal parts.
     third = jnp.log10(settings.get("temperature", 1.0)).astype(jnp.int32)
     chosen = jnp.clip(third, 0, len(TEMPERATURES) - 1)
-    fisher = jax.tree.map(lambda f: f[chosen], stacked)
+    return jax.tree.map(lambda f: f[chosen], stacked)
+
+
+def _consolidated(state: Any, settings: Any, knowledge: Knowledge) -> Any:
+    fisher = _fisher(settings, knowledge)
     return regularizers.consolidate(state, knowledge.params, fisher)
 
 
 def _both(state: Any, settings: Any, knowledge: Knowledge) -> Any:
     return _consolidated(_filled(state, settings, knowledge), settings, knowledge)
+
+
+def _averaged(_: Any, knowledge: Knowledge, trained: Any, share: Any) -> Any:
+    return jax.tree.map(lambda a, b: a + share * (b - a), knowledge.params, trained)
+
+
+def _merged(settings: Any, knowledge: Knowledge, trained: Any, share: Any) -> Any:
+    low, high = MERGING
+    fisher = _fisher(settings, knowledge)
+    eps = low * (high / low) ** share
+    return finetune.merge(knowledge.params, trained, fisher, eps=eps, power=2.0)
 
 
 def _adamw(s: Any, _: Knowledge) -> Any:
@@ -147,7 +168,9 @@ FILLED = (1e-2, 3.0)
 
 METHODS: dict[str, Method] = {
     "AdamW": Method({"learning_rate": RATE}, _adamw),
-    "averaging": Method({"learning_rate": RATE}, _adamw, averages=True),
+    "averaging": Method(
+        {"learning_rate": RATE}, _adamw, trained_as="AdamW", merge=_averaged
+    ),
     "L2 to the start": Method(
         {"learning_rate": RATE, "pull": PULL},
         lambda s, k: optax.chain(_pull(s), _adamw(s, k)),
@@ -203,17 +226,36 @@ METHODS: dict[str, Method] = {
         {"learning_rate": RATE, "ewc": STRENGTH, "temperature": TEMPERATURE},
         lambda s, k: optax.chain(_ewc(s), _adamw(s, k)),
         _consolidated,
-        averages=True,
+        trained_as="EWC",
+        merge=_averaged,
     ),
     "protect(AdamW), averaged": Method(
         {"learning_rate": RATE, "eps": EPS},
         _protect(),
         _filled,
-        averages=True,
+        trained_as="protect(AdamW), frozen",
+        merge=_averaged,
+    ),
+    "AdamW, merged by importance": Method(
+        {"learning_rate": RATE, "temperature": TEMPERATURE},
+        _adamw,
+        trained_as="AdamW",
+        merge=_merged,
+    ),
+    "EWC, merged by importance": Method(
+        {"learning_rate": RATE, "ewc": STRENGTH, "temperature": TEMPERATURE},
+        lambda s, k: optax.chain(_ewc(s), _adamw(s, k)),
+        _consolidated,
+        trained_as="EWC",
+        merge=_merged,
     ),
 }
 
-OURS = [name for name in METHODS if name.startswith(("CLASSP, f", "protect"))]
+OURS = [
+    name
+    for name in METHODS
+    if name.startswith(("CLASSP, f", "protect")) or "by importance" in name
+]
 
 
 def trials(method: Method, count: int) -> list[dict[str, float]]:

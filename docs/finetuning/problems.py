@@ -134,8 +134,13 @@ def image_loss(params: Any, batch: Any) -> jax.Array:
 
 
 def accuracy(params: Any, batch: Any) -> jax.Array:
-    """The share of images that are recognised."""
-    return (vit(params, batch).argmax(-1) == batch[1]).mean()
+    """The share of images that are recognised, a hundred at a time: that is quicker."""
+    parts = jax.tree.map(lambda a: a.reshape(-1, 100, *a.shape[1:]), batch)
+
+    def of_part(part: Any) -> jax.Array:
+        return (vit(params, part).argmax(-1) == part[1]).mean()
+
+    return jax.lax.map(of_part, parts).mean()
 
 
 def _tfds(name: str, data_dir: pathlib.Path, cache: pathlib.Path) -> Any:

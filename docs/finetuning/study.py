@@ -10,6 +10,7 @@ goes on from there.
 import argparse
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
 import platform
@@ -202,11 +203,12 @@ def scorer(problem_name: str) -> Any:
 
 def run(
     problem: Problem, method_name: str, settings: dict[str, float], seed: int,
-    knowledge: Knowledge, part: str,
+    knowledge: Knowledge, part: str, cache: pathlib.Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes once; ``[[steps or share, old, new], ...]`` on a part of the data."""
     method = METHODS[method_name]
-    begin, advance, weights = compiled(problem.name, method_name)
+    trainer = method.trained_as or method_name
+    begin, advance, weights = compiled(problem.name, trainer)
     score = scorer(problem.name)
     numbers = {name: jnp.float32(value) for name, value in settings.items()}
     rng = np.random.default_rng([seed, 3])
@@ -237,20 +239,29 @@ def run(
         return [at, *(round(s, 3) for s in scores)]
 
     start = time.perf_counter()
-    state = begin(trainable, numbers, knowledge)
-    curve, last = [point(0, knowledge.params)], 0
-    for stop in problem.checkpoints:
-        trainable, state = advance(
-            trainable, state, last, stop, new, old, numbers, knowledge
-        )
-        last = stop
-        if not method.averages:
-            curve.append(point(stop, weights(trainable, numbers, knowledge)))
-    if method.averages:
-        for share in np.linspace(0, 1, len(problem.checkpoints) + 1)[1:]:
-            mixed = jax.tree.map(
-                lambda a, b, s=share: a + s * (b - a), knowledge.params, trainable
+    curve = [point(0, knowledge.params)]
+    # What several methods merge is trained once.
+    used = {s: v for s, v in settings.items() if s in METHODS[trainer].ranges}
+    name = json.dumps([problem.name, trainer, used, seed, steps])
+    file = cache / f"trained-{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+    tree = jax.tree.structure(trainable)
+    if method.merge and file.exists():
+        found = np.load(file)
+        trainable = tree.unflatten([jnp.asarray(found[k]) for k in found.files])
+    else:
+        state, last = begin(trainable, numbers, knowledge), 0
+        for stop in [steps] if method.merge else problem.checkpoints:
+            trainable, state = advance(
+                trainable, state, last, stop, new, old, numbers, knowledge
             )
+            last = stop
+            if not method.merge:
+                curve.append(point(stop, weights(trainable, numbers, knowledge)))
+    if method.merge:
+        np.savez(file, *map(np.asarray, jax.tree.leaves(trainable)))
+        merge = jax.jit(method.merge)
+        for share in np.linspace(0, 1, len(problem.checkpoints) + 1)[1:]:
+            mixed = merge(numbers, knowledge, trainable, jnp.float32(share))
             curve.append(point(round(float(share), 4), mixed))
     return {
         "method": method_name,
@@ -295,7 +306,7 @@ def ensure(problem: Problem, cache: pathlib.Path, name: str, settings: Any, seed
         ):  # fmt: skip
             return
     knowledge = cached_knowledge(problem.name, seed, cache)
-    found = run(problem, name, settings, seed, knowledge, part)
+    found = run(problem, name, settings, seed, knowledge, part, cache)
     add(problem, found)
     print(
         f"{problem.name} {part} {seed} {name} {settings}: {found['curve'][-1]} "
@@ -355,7 +366,7 @@ def sources(problem: Problem, cache: pathlib.Path) -> None:
             )
             seconds = round(time.perf_counter() - start, 2)
             other = knowledge._replace(importance=importance)
-            found = run(problem, name, settings, seed, other, "test")
+            found = run(problem, name, settings, seed, other, "test", cache)
             add(problem, found | {"importance": label, "filling_seconds": seconds})
             print(problem.name, seed, label, found["curve"][-1], flush=True)
 

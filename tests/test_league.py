@@ -70,6 +70,7 @@ def fake(league, monkeypatch):
     }
     monkeypatch.setattr(league.runs, "streams", lambda: list(files))
     monkeypatch.setattr(league.runs, "methods", files.__getitem__)
+    monkeypatch.setattr(league.runs, "METHODS", tuple(files["permuted-digits"]))
     league.runs.named.cache_clear()
     yield league
     league.runs.named.cache_clear()

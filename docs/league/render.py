@@ -10,7 +10,7 @@ import numpy as np
 import runs
 import without_tuning
 from claims import few_seeds
-from study import FORMS, METHODS, PROTOCOLS
+from study import FORMS, METHODS, PROTOCOLS, REMEDIES
 
 from classp_jax.continual.report.frontier import frontier_picture
 from classp_jax.continual.results.statistics import paired_difference
@@ -40,6 +40,8 @@ def league(stream: str) -> str:
             "reference"
             if name == runs.named()
             else runs.interval(runs.difference(stream, name, runs.named()))
+            if runs.has(stream, runs.named())
+            else "-"
         )
         rows.append(
             [
@@ -90,8 +92,9 @@ def first_free(stream: str) -> str:
 
     Or, if the named form leads, over the best that is no form of CLASSP.
     """
-    order = runs.ranked(stream, free=True)
-    rivals = [name for name in order if name not in FORMS]
+    rivals = [name for name in runs.ranked(stream, free=True) if name not in FORMS]
+    if not runs.has(stream, runs.named()):
+        return f"`{runs.named()}` was not run on this stream"
     best = rivals[0]
     found = runs.difference(stream, runs.named(), best)
     return f"`{runs.named()}` against the best rival, `{best}`: {runs.interval(found)}"
@@ -115,7 +118,7 @@ def against(kind: str) -> str:
     texts = []
     for stream in runs.streams():
         other = best(stream, kind)
-        if other:
+        if other and runs.has(stream, runs.named()):
             found = runs.interval(runs.difference(stream, runs.named(), other))
             texts.append(f"{runs.stored(stream)['title']}: {found} (`{other}`)")
     return "; ".join(texts)
@@ -126,7 +129,7 @@ def form(name: str) -> str:
     found = {
         stream: runs.difference(stream, name, runs.named())
         for stream in runs.streams()
-        if runs.has(stream, name)
+        if runs.has(stream, name) and runs.has(stream, runs.named())
     }
     return "; ".join(
         f"{runs.stored(s)['title']}: {runs.interval(one)}" for s, one in found.items()
@@ -142,10 +145,10 @@ def missing(stream: str) -> str:
 def three_seeds() -> str:
     """How wrong claims from three seeds are, a line a stream."""
     body = []
-    for stream in runs.streams():
+    for stream in runs.wide():
         own = runs.percent(stream, runs.named())
         others = [
-            runs.percent(stream, m) for m in runs.methods(stream) if m != runs.named()
+            runs.percent(stream, m) for m in runs.ranked(stream) if m != runs.named()
         ]
         found = few_seeds([o - own for o in others if np.isfinite(o - own).all()])
         shares = (found.wrong, found.missed, found.reversed_order)
@@ -182,6 +185,35 @@ def options(stream: str, option: str) -> str:
         ]
         body.append([f"`{plain}`", *cells, runs.interval(found)])
     return runs.table(["Method", "without, %", "with, %", "difference"], body)
+
+
+def has_option(stream: str, option: str) -> bool:
+    """Whether methods were run with an option in front of them."""
+    return any(name.startswith(f"{option}+") for name in runs.methods(stream))
+
+
+def between(method: str, other: str) -> str:
+    """Two methods on every stream, in words."""
+    return "; ".join(
+        f"{runs.stored(s)['title']}: {runs.interval(runs.difference(s, method, other))}"
+        for s in runs.streams()
+        if runs.has(s, method) and runs.has(s, other)
+    )
+
+
+def remedies() -> list[str]:
+    """The remedies that were run on all streams of the table without tuning."""
+    return [m for m in REMEDIES if without_tuning.common(m, runs.wide())]
+
+
+def frontiers() -> bool:
+    """Whether the long stream's trials were measured."""
+    return "many-digits" in runs.streams() and bool(frontier_points("many-digits"))
+
+
+def plastic() -> bool:
+    """Whether the long stream was run with settings that learn as SGD does."""
+    return "sgd" in runs.stored("many-digits").get("plastic", {})
 
 
 def frontier_points(stream: str) -> dict[str, list[tuple[float, float]]]:
@@ -226,17 +258,18 @@ def draw() -> None:
 
 def bars() -> str:
     """The bars, each with its outcome."""
-    firsts = [s for s in runs.streams() if leads(s)]
+    measured = [s for s in runs.streams() if runs.has(s, runs.named())]
+    firsts = [s for s in measured if leads(s)]
     adagrad = {
         s: runs.difference(s, runs.named(), "adagrad")
-        for s in runs.streams()
+        for s in measured
         if runs.has(s, "adagrad")
     }
     worse = [s for s, found in adagrad.items() if found.word == "behind"]
     lines = [
         "First among methods without boundary and stored data, ahead of every rival "
         "(that did not diverge) by an interval that excludes 0: on "
-        f"{len(firsts)} of {len(runs.streams())} protocols"
+        f"{len(firsts)} of {len(measured)} protocols"
         + (f" ({', '.join(firsts)})" if firsts else "")
         + "; three were wanted.",
         "Nowhere worse than AdaGrad: "

@@ -40,7 +40,7 @@ class Protocol(NamedTuple):
     """What one run takes of one core: a rough estimate from its steps and sizes."""
     criterion: str = "average"
     """What trials are judged by and the table shows: ``"average"`` over all tasks at
-    the stream's end, or ``"recent"``, see :func:`measures`."""
+    the stream's end, ``"recent"``, see :func:`measures`, or ``"online"``."""
 
 
 def _split_mnist(scenario: str) -> Protocol:
@@ -102,6 +102,15 @@ PROTOCOLS = {
         seeds=5,
         seconds=3,
         criterion="recent",
+    ),
+    "streaming-digits": Protocol(
+        "Permuted digits, 50 tasks of 400, batch 1, on-line, a fiftieth of UPGD's",
+        lambda _: continual.permuted("digits", tasks=50, max_train=400),
+        {"hidden": (128, 128)},
+        {"epochs": 1, "batch_size": 1, "max_test": 20},
+        trials=20,
+        seconds=1,
+        criterion="online",
     ),
     "split-mnist-class": _split_mnist("class-incremental"),
     "split-mnist-domain": _split_mnist("domain-incremental"),
@@ -188,6 +197,12 @@ SMALL_STEPS = ("adam", "adamw", "classp-mean")
 """Those whose steps do not shrink with the gradients or with time."""
 DROPOUT = 0.25
 """Of stable SGD, which is dropout and a decaying rate."""
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hard-ash": ({"activation": "hard-ash"}, {}),
+    "running-moments": ({}, {"moments": "running"}),
+}
+"""What may stand in front of any method's name, beside the labels trick, with what it
+changes of network and training. Each has a folder of its own."""
 
 
 def ranges(name: str) -> dict[str, tuple[float, float]]:
@@ -226,7 +241,7 @@ def measured(runs: Sequence[Any]) -> dict[str, float]:
     """The measures of a trial's runs, the mean over them; none if one diverged."""
     if any(run.diverged for run in runs):
         return {}
-    each = [measures(run.matrix) for run in runs]
+    each = [measures(r.matrix) | {"online": np.mean(r.online_accuracy)} for r in runs]
     return {key: round(float(np.mean([m[key] for m in each])), 5) for key in each[0]}
 
 
@@ -255,8 +270,14 @@ def study(
     stream = protocol.make(data_dir)
     smaller = protocol.tuning(data_dir) if protocol.tuning else stream
     for method in methods:
-        network, place = protocol.network, folder or FOLDER / name
-        if method == "stable-sgd":
+        network, training = protocol.network, protocol.training
+        place, inner = folder or FOLDER / name, method
+        for option, (of_network, of_training) in OPTIONS.items():
+            if inner.startswith(f"{option}+"):
+                inner = inner.removeprefix(f"{option}+")
+                network, training = network | of_network, training | of_training
+                place = place / option
+        if inner == "stable-sgd":
             # Another network is another comparison to the library.
             network, place = network | {"dropout": DROPOUT}, place / "dropout"
         if protocol.criterion != "average":
@@ -265,17 +286,17 @@ def study(
         tuned = continual.tune(
             smaller,
             "mlp",
-            [method],
+            {method: inner},
             trials=protocol.trials,
             # All at once: no trial depends on how another one did on this stream.
             together=protocol.trials,
             seeds=TUNING_SEEDS,
-            ranges={method: ranges(method)},
-            settings={method: fixed(method)},
+            ranges={method: ranges(inner)},
+            settings={method: fixed(inner)},
             model_options=network,
             folder=place,
             measure=measured,
-            **protocol.training,
+            **training,
         )
         found = scores(protocol, tuned.trials[method])
         best = tuned.trials[method][int(np.argmax(found))]
@@ -283,14 +304,14 @@ def study(
         continual.run(
             stream,
             "mlp",
-            [method],
+            {method: inner},
             seeds=range(protocol.seeds),
             settings={method: best.settings},
             model_options=network,
             folder=place,
             points=1,
             command=f"python docs/league/study.py {name}",
-            **protocol.training,
+            **training,
         )
 
 

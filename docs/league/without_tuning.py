@@ -4,15 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import runs
-from study import BOUNDARY, BOUNDARY_FREE, FORMS, METHODS, REMEDIES
-
-
-def wide() -> list[str]:
-    """The streams that every method was run on, remedies aside."""
-    wanted = [m for m in METHODS if m not in REMEDIES]
-    return [
-        stream for stream in runs.streams() if all(runs.has(stream, m) for m in wanted)
-    ]
+from study import BOUNDARY, BOUNDARY_FREE, FORMS
 
 
 def with_free_trials(among: Sequence[str]) -> list[str]:
@@ -116,11 +108,11 @@ def everywhere(method: str, among: Sequence[str]) -> str:
 
 def lost(method: str) -> str:
     """The points that a method loses without tuning, the mean over streams."""
-    found = untuned(method, wide())
+    found = untuned(method, runs.wide())
     return f"{np.mean([points for _, _, points in found.values()]):.0f}"
 
 
 def score_without(method: str) -> str:
     """The accuracy of a method without tuning, the mean over streams."""
-    found = untuned(method, wide())
+    found = untuned(method, runs.wide())
     return f"{np.mean([score for _, score, _ in found.values()]):.1f}"

@@ -124,7 +124,7 @@ def test_claims_from_three_seeds(league):
 def test_a_plastic_trial_keeps_most_of_those_that_learn(league):
     study = sys.modules[league.PROTOCOLS["many-digits"].__class__.__module__]
     pairs = [(0.95, 0.1), (0.8, 0.9), (0.9, 0.3), (0.91, 0.2)]
-    trials = [{"measures": {"0 back": a, "20 back": b}} for a, b in pairs]
+    trials = [{"0 back": a, "20 back": b} for a, b in pairs]
     assert study.plastic_trial(trials, 0.9) == 2
     assert study.plastic_trial(trials, 0.99) == 0
     assert study.plastic_trial([{}, trials[1]], 0.99) == 1

@@ -38,8 +38,11 @@ def gradient(task: int, w: np.ndarray) -> np.ndarray:
     return CURVATURES[task] * (w - MINIMA[task])
 
 
+_noise = jax.jit(lambda key: noise_like(as_tree(START), key, "test"))
+
+
 def noise_of(key: jax.Array) -> np.ndarray:
-    return as_vector(noise_like(as_tree(START), key, "test"))
+    return as_vector(_noise(key))
 
 
 def assert_follows(optimizer: Any, reference: Any, end_of_task: Any = None) -> None:
@@ -104,22 +107,25 @@ def test_bayesian_gradient_descent(window, samples):
     optimizer = rivals.bayesian_gradient_descent(evidence, prior, window=window)
     params, mu, sigma = as_tree(START), START.copy(), np.full(SIZE, prior)
     state: Any = optimizer.init(params)
-    t = 0
-    for task in range(TASKS):
-        a, b = as_tree(CURVATURES[task]), as_tree(MINIMA[task])
+    t, update = 0, jax.jit(optimizer.update)
 
-        def loss(w: Any, a: Any = a, b: Any = b) -> Any:
+    @jax.jit
+    def gradients_of(w: Any, state: Any, key: Any, a: Any, b: Any) -> Any:
+        def loss(w: Any) -> Any:
             each = jax.tree.map(lambda a, b, w: jnp.sum(a * (w - b) ** 2) / 2, a, b, w)
             total = sum(jax.tree.leaves(each), jnp.float32(0))
             return total, total
 
+        draw = rivals.value_and_expected_gradients
+        return draw(loss, w, state, key, samples=samples)[1]
+
+    for task in range(TASKS):
+        a, b = as_tree(CURVATURES[task]), as_tree(MINIMA[task])
         for _ in range(STEPS):
             t += 1
             key = jax.random.fold_in(jax.random.key(3), t)
-            _, gradients = rivals.value_and_expected_gradients(
-                loss, params, state, key, samples=samples
-            )
-            updates, state = optimizer.update(gradients, state, params)
+            gradients = gradients_of(params, state, key, a, b)
+            updates, state = update(gradients, state, params)
             params = optax.apply_updates(params, updates)
 
             keys = [key] if samples == 1 else jax.random.split(key, samples)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ def test_the_page_is_its_template_with_the_stored_results(league):
 
 
 def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
-    for stream in league.streams():
-        found = league.methods(stream)
+    runs, common = league.runs, league.without_tuning.common
+    for stream in runs.streams():
+        found = runs.methods(stream)
         assert len({len(one["scores"]) for one in found.values()} - {1}) == 1
         assert {tuple(one["seeds"]) for one in found.values()} == {
             tuple(range(league.PROTOCOLS[stream].seeds))
@@ -33,8 +35,8 @@ def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
         for name, one in found.items():
             best = int(np.argmax(one["scores"]))
             assert one["settings"] == one["candidates"][best], name
-            assert league.common(name) or not all(
-                name in league.methods(other) for other in league.streams()
+            assert common(name) or not all(
+                name in runs.methods(other) for other in runs.streams()
             )
 
 
@@ -66,29 +68,77 @@ def fake(league, monkeypatch):
             "ewc": _fake([0.1, 0.8, 0.7], [0.99] * 3, task_boundary_known=True),
         },
     }
-    monkeypatch.setattr(league, "streams", lambda: list(files))
-    monkeypatch.setattr(league, "methods", files.__getitem__)
-    league.named.cache_clear()
+    monkeypatch.setattr(league.runs, "streams", lambda: list(files))
+    monkeypatch.setattr(league.runs, "methods", files.__getitem__)
+    monkeypatch.setattr(league.runs, "METHODS", tuple(files["permuted-digits"]))
+    league.runs.named.cache_clear()
     yield league
-    league.named.cache_clear()
+    league.runs.named.cache_clear()
 
 
 def test_ranks_and_differences(fake):
     # Means of the best trials: 0.8 for both forms; the first of equals.
-    assert fake.named() == "classp"
-    assert fake.ranked("permuted-digits")[0] == "ewc"
-    assert fake.ranked("permuted-digits", free=True) == ["classp-leaf", "classp", "sgd"]
-    assert fake.ranked("split-digits-class")[-1] == "sgd"
-    assert fake.difference("permuted-digits", "sgd", "classp").word == "behind"
-    assert fake.difference("split-digits-class", "sgd", "classp").word == ""
+    runs = fake.runs
+    assert runs.named() == "classp"
+    assert runs.ranked("permuted-digits")[0] == "ewc"
+    assert runs.ranked("permuted-digits", free=True) == ["classp-leaf", "classp", "sgd"]
+    assert runs.ranked("split-digits-class")[-1] == "sgd"
+    assert runs.difference("permuted-digits", "sgd", "classp").word == "behind"
+    assert runs.difference("split-digits-class", "sgd", "classp").word == ""
     assert fake.leads("permuted-digits")
 
 
 def test_one_setting_is_chosen_on_the_other_streams(fake):
-    found = fake.untuned("classp")
+    found = fake.without_tuning.untuned("classp")
     setting, score, lost = found["permuted-digits"]
     assert (setting["learning_rate"], score) == (0.1, 60.0)
     assert lost == pytest.approx(30)
     setting, score, lost = found["split-digits-class"]
     assert setting["learning_rate"] == pytest.approx(0.2)
     assert (score, lost) == (20.0, pytest.approx(50))
+
+
+def test_the_setting_that_loses_least_over_all_streams(fake):
+    names = ["permuted-digits", "split-digits-class"]
+    setting, scores = fake.without_tuning.shared_setting("classp", names)
+    # It loses 30 and 0 points, the others 40 and 20, 0 and 50.
+    assert setting["learning_rate"] == pytest.approx(0.1)
+    np.testing.assert_allclose(scores, [60, 70])
+
+
+def test_claims_from_three_seeds(league):
+    claims = sys.modules[league.few_seeds.__module__]
+    rng = np.random.default_rng(0)
+    differences = rng.normal(1.0, 1.5, size=(40, 3))
+    for row, word in zip(differences, claims.words(differences), strict=True):
+        assert word == league.paired_difference(row.tolist(), [0.0] * 3).word
+    # Four choices of 3 of 4; all four are ahead, and so are (1, 1, 1.1) and no others.
+    found = claims.few_seeds([np.array([1.0, 1.0, 1.1, 5.0])])
+    assert league.paired_difference([1.0, 1.0, 1.1, 5.0], [0.0] * 4).word == "level"
+    assert found == claims.Claims(1, 0.25, 0.0, 0.0)
+    found = claims.few_seeds([np.array([-1.0, 1.0, 1.0, 1.0, 1.2, 1.3, 1.1])])
+    assert found.missed + found.wrong > 0
+    assert found.reversed_order == 0
+
+
+def test_a_plastic_trial_keeps_most_of_those_that_learn(league):
+    study = sys.modules[league.PROTOCOLS["many-digits"].__class__.__module__]
+    pairs = [(0.95, 0.1), (0.8, 0.9), (0.9, 0.3), (0.91, 0.2)]
+    trials = [{"0 back": a, "20 back": b} for a, b in pairs]
+    assert study.plastic_trial(trials, 0.9) == 2
+    assert study.plastic_trial(trials, 0.99) == 0
+    assert study.plastic_trial([{}, trials[1]], 0.99) == 1
+
+
+def test_measures_look_at_the_ends_of_the_last_ten_tasks(league):
+    study = sys.modules[league.PROTOCOLS["many-digits"].__class__.__module__]
+    tasks = 40
+    matrix = np.full((tasks + 1, tasks), np.nan)
+    for end in range(1, tasks + 1):
+        matrix[end, :end] = [0.001 * (end - 1 - k) for k in range(end)]
+    matrix[:31] += 5
+    found = study.measures(matrix.tolist())
+    assert found["0 back"] == 0
+    assert found["5 back"] == pytest.approx(0.005)
+    assert found["recent"] == pytest.approx(0.025 / 3)
+    assert set(study.measures(matrix[:13, :12].tolist())) == {"0 back", "recent"}

@@ -12,8 +12,6 @@ import torch
 from classp_jax import regularizers, rivals
 from classp_jax.rivals._noise import noise_like
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Three tasks with losses 1/2 sum A_k (w - B_k)^2, so that an error shows in all later
 # steps.
 TASKS, STEPS, SIZE = 3, 12, 7
@@ -40,8 +38,11 @@ def gradient(task: int, w: np.ndarray) -> np.ndarray:
     return CURVATURES[task] * (w - MINIMA[task])
 
 
+_noise = jax.jit(lambda key: noise_like(as_tree(START), key, "test"))
+
+
 def noise_of(key: jax.Array) -> np.ndarray:
-    return as_vector(noise_like(as_tree(START), key, "test"))
+    return as_vector(_noise(key))
 
 
 def assert_follows(optimizer: Any, reference: Any, end_of_task: Any = None) -> None:
@@ -106,32 +107,26 @@ def test_bayesian_gradient_descent(window, samples):
     optimizer = rivals.bayesian_gradient_descent(evidence, prior, window=window)
     params, mu, sigma = as_tree(START), START.copy(), np.full(SIZE, prior)
     state: Any = optimizer.init(params)
-    stacked = [
-        jax.tree.map(lambda *rows: jnp.stack(rows), *map(as_tree, values))
-        for values in (CURVATURES, MINIMA)
-    ]
+    t, update = 0, jax.jit(optimizer.update)
 
     @jax.jit
-    def step(params: Any, state: Any, key: Any, task: Any) -> Any:
+    def gradients_of(w: Any, state: Any, key: Any, a: Any, b: Any) -> Any:
         def loss(w: Any) -> Any:
-            each = jax.tree.map(
-                lambda a, b, w: jnp.sum(a[task] * (w - b[task]) ** 2) / 2, *stacked, w
-            )
+            each = jax.tree.map(lambda a, b, w: jnp.sum(a * (w - b) ** 2) / 2, a, b, w)
             total = sum(jax.tree.leaves(each), jnp.float32(0))
             return total, total
 
-        _, gradients = rivals.value_and_expected_gradients(
-            loss, params, state, key, samples=samples
-        )
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        draw = rivals.value_and_expected_gradients
+        return draw(loss, w, state, key, samples=samples)[1]
 
-    t = 0
     for task in range(TASKS):
+        a, b = as_tree(CURVATURES[task]), as_tree(MINIMA[task])
         for _ in range(STEPS):
             t += 1
             key = jax.random.fold_in(jax.random.key(3), t)
-            params, state = step(params, state, key, jnp.int32(task))
+            gradients = gradients_of(params, state, key, a, b)
+            updates, state = update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
 
             keys = [key] if samples == 1 else jax.random.split(key, samples)
             noises = [noise_of(k) for k in keys]

@@ -97,6 +97,9 @@ class Training:
     normalisation: tuple[float, ...] = ()
     """Mean and deviation of the pixels in [0, 1]; by default those of the first
     task's training data, for each seed its own."""
+    moments: Literal["first-task", "running"] = "first-task"
+    """Running: standardise every number of the inputs, on top of that, by its mean
+    and deviation over the examples seen so far."""
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
     """How EWC takes the Fisher information."""
     fisher_examples: _Count = 1000
@@ -239,7 +242,7 @@ def folder_name(experiment: Experiment) -> str:
 def _comparable(experiment: Experiment) -> dict[str, Any]:
     table = _table(experiment)
     table["data"].pop("data_dir")
-    for name in ("compute_dtype", "nonfinite"):
+    for name in ("compute_dtype", "nonfinite", "moments"):
         # Left out where they came later than the names of existing folders.
         if table["training"][name] == getattr(Training(), name):
             table["training"].pop(name)

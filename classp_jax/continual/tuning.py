@@ -32,6 +32,8 @@ _HEAD = ("search", "spaces")
 Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
 Evaluate = Callable[[Method, list[dict[str, float]]], list[list[Run]]]
 """``evaluate(method, settings)``: the runs of each of several settings, one a seed."""
+Measure = Callable[[Sequence[Run]], Mapping[str, float]]
+"""``measure(runs)``: numbers by name, of one setting's runs, one a seed."""
 Progress = Callable[[str, int, int, float], None]
 """Called as ``progress(method, trials_done, trials, best_score)``."""
 
@@ -46,6 +48,8 @@ class Trial(NamedTuple):
     settings: dict[str, float]
     score: float
     """See :func:`score`."""
+    measures: dict[str, float] = {}  # noqa: RUF012
+    """What else was asked for, see ``measure`` of :func:`tune`."""
 
 
 class Tuned(NamedTuple):
@@ -85,6 +89,7 @@ def tune(
     settings: Mapping[str, Mapping[str, float]] | None = None,
     model_options: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    measure: Measure | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
     **options: Any,
@@ -107,6 +112,8 @@ def tune(
       model_options: as for ``run``.
       folder: where trials are stored as they finish. The same call goes on there after
         an interruption; another one is refused. None: nowhere.
+      measure: ``measure(runs)``, numbers by name to keep with each trial, of its runs.
+        The score decides all the same.
       progress: called after each batch of trials.
       announce: called once, before training, with a line about sizes and time.
       **options: how to train and on which devices, as for ``run``.
@@ -167,6 +174,7 @@ def tune(
         together=together,
         folder=folder,
         identity={"seeds": list(seeds), **setup.configuration},
+        measure=measure,
         progress=progress,
     )
     return Tuned({name: best(made).settings for name, made in found.items()}, found)
@@ -220,6 +228,7 @@ def search(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     identity: Mapping[str, Any] | None = None,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[Trial]]:
     """Draws and evaluates trials of several methods, in batches.
@@ -236,6 +245,7 @@ def search(
       folder: where trials are stored after each batch, in ``trials.json``; made if
         need be, before anything is evaluated. None: nowhere.
       identity: what tells this search from another, of JSON's types.
+      measure: as for :func:`tune`.
       progress: called after each batch.
 
     Returns:
@@ -247,11 +257,12 @@ def search(
     """
     about = {"together": together, "seed": seed, **(identity or {})}
     if folder is None:
-        return _search(spaces, evaluate, trials, about, _Store(None), progress)
+        store = _Store(None)
+        return _search(spaces, evaluate, trials, about, store, measure, progress)
     path = pathlib.Path(folder)
     with locked(path, patience=1.0):
         store = _Store(path / FILE_NAME)
-        return _search(spaces, evaluate, trials, about, store, progress)
+        return _search(spaces, evaluate, trials, about, store, measure, progress)
 
 
 def _search(
@@ -260,6 +271,7 @@ def _search(
     trials: int,
     about: Mapping[str, Any],
     store: "_Store",
+    measure: Measure | None,
     progress: Progress | None,
 ) -> dict[str, list[Trial]]:
     store.begin(about, spaces)
@@ -270,8 +282,9 @@ def _search(
             size = min(about["together"], wanted - len(done))
             batch = draw(space, done, size, seed=about["seed"] + len(done))
             runs = evaluate(space.method, batch)
-            scores = map(score, runs)
-            store.add(name, [Trial(*pair) for pair in zip(batch, scores, strict=True)])
+            measures = [dict(measure(own)) if measure else {} for own in runs]
+            made = zip(batch, map(score, runs), measures, strict=True)
+            store.add(name, [Trial(*trial) for trial in made])
             if progress is not None:
                 progress(name, len(done) + size, wanted, best(store.trials[name]).score)
     return {space.method.name: store.trials[space.method.name] for space in spaces}
@@ -388,7 +401,7 @@ class _Store:
             return
         lines = [
             f"{json.dumps(name)}: [\n"
-            + ",\n".join(json.dumps(trial._asdict()) for trial in trials)
+            + ",\n".join(json.dumps(_recorded(trial)) for trial in trials)
             + "\n]"
             for name, trials in self.trials.items()
         ]
@@ -396,6 +409,13 @@ class _Store:
         trials = '"trials": {\n' + ",\n".join(lines) + "\n}"
         text = "{" + ",\n".join([*head, trials]) + "}\n"
         write_atomically(self.path, text.encode())
+
+
+def _recorded(trial: Trial) -> dict[str, Any]:
+    recorded = trial._asdict()
+    if not trial.measures:
+        del recorded["measures"]
+    return recorded
 
 
 def _short(value: Any) -> str:

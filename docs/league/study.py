@@ -38,6 +38,9 @@ class Protocol(NamedTuple):
     seeds: int = 10
     seconds: float = 0.0
     """What one run takes of one core: a rough estimate from its steps and sizes."""
+    criterion: str = "average"
+    """What trials are judged by and the table shows: ``"average"`` over all tasks at
+    the stream's end, ``"recent"``, see :func:`measures`, or ``"online"``."""
 
 
 def _split_mnist(scenario: str) -> Protocol:
@@ -90,11 +93,24 @@ PROTOCOLS = {
         seconds=0.2,
     ),
     "many-digits": Protocol(
-        "Permuted digits, 60 tasks, one pass each",
-        lambda _: continual.permuted("digits", tasks=60),
+        "Permuted digits, 200 tasks, one pass each",
+        lambda _: continual.permuted("digits", tasks=200),
         {"hidden": (128, 128)},
-        {"epochs": 1, "batch_size": 16, "max_test": 120},
-        seconds=0.6,
+        {"epochs": 1, "batch_size": 16, "max_test": 100},
+        tuning=lambda _: continual.permuted("digits", tasks=60),
+        trials=20,
+        seeds=5,
+        seconds=3,
+        criterion="recent",
+    ),
+    "streaming-digits": Protocol(
+        "Permuted digits, 50 tasks of 400, batch 1, on-line, a fiftieth of UPGD's",
+        lambda _: continual.permuted("digits", tasks=50, max_train=400),
+        {"hidden": (128, 128)},
+        {"epochs": 1, "batch_size": 1, "max_test": 20},
+        trials=20,
+        seconds=1,
+        criterion="online",
     ),
     "split-mnist-class": _split_mnist("class-incremental"),
     "split-mnist-domain": _split_mnist("domain-incremental"),
@@ -151,9 +167,13 @@ FORMS = (
     "classp-leaf",
     "classp-leaf-window",
     "classp-pull",
+    "classp-root",
+    "classp-mean",
     "protect-adam",
     "protect-rmsprop",
 )
+REMEDIES = ("classp-root", "classp-mean")
+"""Forms that were tried when the others' results were known."""
 BOUNDARY_FREE = (
     "sgd",
     "sgd-decay",
@@ -173,17 +193,26 @@ BOUNDARY = ("ewc", "online-ewc", "implicit-ewc", "si", "mas", "lwf")
 STORED = ("replay", "joint")
 METHODS = (*FORMS, *BOUNDARY_FREE, *BOUNDARY, *STORED)
 
-LEARNING_RATES = {
-    name: (1e-5, 0.1) if name in ("adam", "adamw") else (1e-4, 1.0) for name in METHODS
-}
-"""The same decades for all methods of one kind; small ones for few classes a task."""
+SMALL_STEPS = ("adam", "adamw", "classp-mean")
+"""Those whose steps do not shrink with the gradients or with time."""
 DROPOUT = 0.25
 """Of stable SGD, which is dropout and a decaying rate."""
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hard-ash": ({"activation": "hard-ash"}, {}),
+    "running-moments": ({}, {"moments": "running"}),
+}
+"""What may stand in front of any method's name, beside the labels trick, with what it
+changes of network and training. Each has a folder of its own."""
 
 
 def ranges(name: str) -> dict[str, tuple[float, float]]:
-    """What a method's trials draw from in place of its own ranges."""
-    found = {"learning_rate": LEARNING_RATES[name]}
+    """What a method's trials draw from in place of its own ranges.
+
+    The same decades of rates for all methods of one kind; small ones for few classes a
+    task.
+    """
+    small = name.split("+")[-1] in SMALL_STEPS
+    found = {"learning_rate": (1e-5, 0.1) if small else (1e-4, 1.0)}
     known = continual.method(name).settings
     return {key: value for key, value in found.items() if key in known}
 
@@ -193,6 +222,34 @@ def fixed(name: str) -> dict[str, float]:
     known = continual.method(name).settings
     values = {"power": 1.0, "threshold": 0.0}
     return {key: value for key, value in values.items() if key in known}
+
+
+def measures(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Accuracy on the newest task and on those 5 and 20 back, as far as there are.
+
+    ``recent`` is the mean of these. Each is a mean over the ends of the last ten tasks.
+    """
+    found = {
+        f"{tasks} back": back(matrix, tasks)
+        for tasks in (0, 5, 20)
+        if len(matrix) > tasks + 10
+    }
+    return found | {"recent": float(np.mean(list(found.values())))} if found else {}
+
+
+def measured(runs: Sequence[Any]) -> dict[str, float]:
+    """The measures of a trial's runs, the mean over them; none if one diverged."""
+    if any(run.diverged for run in runs):
+        return {}
+    each = [measures(r.matrix) | {"online": np.mean(r.online_accuracy)} for r in runs]
+    return {key: round(float(np.mean([m[key] for m in each])), 5) for key in each[0]}
+
+
+def scores(protocol: Protocol, trials: Sequence[Any]) -> list[float]:
+    """What the trials of a method are judged by."""
+    if protocol.criterion == "average":
+        return [trial.score for trial in trials]
+    return [trial.measures.get(protocol.criterion, 0.0) for trial in trials]
 
 
 def study(
@@ -213,38 +270,98 @@ def study(
     stream = protocol.make(data_dir)
     smaller = protocol.tuning(data_dir) if protocol.tuning else stream
     for method in methods:
-        network, place = protocol.network, folder or FOLDER / name
-        if method == "stable-sgd":
+        network, training = protocol.network, protocol.training
+        place, inner = folder or FOLDER / name, method
+        for option, (of_network, of_training) in OPTIONS.items():
+            if inner.startswith(f"{option}+"):
+                inner = inner.removeprefix(f"{option}+")
+                network, training = network | of_network, training | of_training
+                place = place / option
+        if inner == "stable-sgd":
             # Another network is another comparison to the library.
             network, place = network | {"dropout": DROPOUT}, place / "dropout"
+        if protocol.criterion != "average":
+            # Results of many tasks are large; each method's have a file of their own.
+            place = place / method
         tuned = continual.tune(
             smaller,
             "mlp",
-            [method],
+            {method: inner},
             trials=protocol.trials,
             # All at once: no trial depends on how another one did on this stream.
             together=protocol.trials,
             seeds=TUNING_SEEDS,
-            ranges={method: ranges(method)},
-            settings={method: fixed(method)},
+            ranges={method: ranges(inner)},
+            settings={method: fixed(inner)},
             model_options=network,
             folder=place,
-            **protocol.training,
+            measure=measured,
+            **training,
         )
-        score = max(trial.score for trial in tuned.trials[method])
-        print(f"{name} {method}: best trial {score:.1%}", flush=True)
+        found = scores(protocol, tuned.trials[method])
+        best = tuned.trials[method][int(np.argmax(found))]
+        print(f"{name} {method}: best trial {max(found):.1%}", flush=True)
+        continual.run(
+            stream,
+            "mlp",
+            {method: inner},
+            seeds=range(protocol.seeds),
+            settings={method: best.settings},
+            model_options=network,
+            folder=place,
+            points=1,
+            command=f"python docs/league/study.py {name}",
+            **training,
+        )
+
+
+def plastic_trial(trials: Sequence[dict[str, Any]], newest: float) -> int:
+    """The trial that keeps most of what is 20 tasks old, of those that learn well.
+
+    Args:
+      trials: as they are stored.
+      newest: the accuracy on the newest task that a trial must have. If none has it,
+        the trial that comes nearest.
+    """
+    found = [
+        (one.get("0 back", 0.0), one.get("20 back", 0.0))
+        for one in (trial.get("measures", {}) for trial in trials)
+    ]
+    keys = [(min(new, newest), old) for new, old in found]
+    return max(range(len(keys)), key=keys.__getitem__)
+
+
+def study_plastic(
+    name: str, methods: Sequence[str], data_dir: str | None = None
+) -> None:
+    """Runs methods once more, with settings that still learn as SGD does.
+
+    Of each method it takes the trial that is best 20 tasks back among those whose
+    newest task is within 1 point of the best of SGD's trials, on validation data.
+    """
+    protocol, stream = PROTOCOLS[name], PROTOCOLS[name].make(data_dir)
+    newest = max(t["measures"].get("0 back", 0.0) for t in _trials(name, "sgd")) - 0.01
+    for method in methods:
+        trials = _trials(name, method)
+        chosen = trials[plastic_trial(trials, newest)]
+        print(f"{name} {method}: {chosen}", flush=True)
         continual.run(
             stream,
             "mlp",
             [method],
             seeds=range(protocol.seeds),
-            settings=tuned.settings,
-            model_options=network,
-            folder=place,
+            settings={method: chosen["settings"]},
+            model_options=protocol.network,
+            folder=FOLDER / name / "plastic" / method,
             points=1,
-            command=f"python docs/league/study.py {name}",
+            command=f"python docs/league/study.py {name} --plastic",
             **protocol.training,
         )
+
+
+def _trials(name: str, method: str) -> list[dict[str, Any]]:
+    path = FOLDER / name / method / "trials.json"
+    return json.loads(path.read_text("utf-8"))["trials"][method]
 
 
 def back(matrix: Sequence[Sequence[float]], tasks: int) -> float:
@@ -261,47 +378,64 @@ def collect(name: str) -> None:
 
     They lie in the stream's folder and in those below it, each with its own trials.
     """
-    found: dict[str, Any] = {"title": PROTOCOLS[name].title}
+    protocol = PROTOCOLS[name]
+    found: dict[str, Any] = {"title": protocol.title}
     methods: dict[str, Any] = {}
+    plastic: dict[str, Any] = {}
     found_files = (FOLDER / name).rglob("results.json")
     for path in sorted(found_files, key=lambda path: (len(path.parts), path)):
         folder = path.parent
         results = continual.load(folder)
-        trials = json.loads((folder / "trials.json").read_text("utf-8"))["trials"]
         found.setdefault("configuration", results.configuration)
-        tasks = len(results.stream["task_names"])
         for method in dict.fromkeys(run.method for run in results.runs):
             runs = [run for run in results.runs if run.method == method]
-            if len(runs) < PROTOCOLS[name].seeds:
+            if len(runs) < protocol.seeds:
                 continue
-            ends = {"average": [float(np.mean(run.matrix[-1])) for run in runs]}
-            for distance in (0, 5, 20):
-                if tasks >= distance + 10:
-                    key = f"{distance} back"
-                    ends[key] = [back(run.matrix, distance) for run in runs]
-            ends["online"] = [float(np.mean(run.online_accuracy)) for run in runs]
-            methods[method] = {
-                "settings": runs[0].settings,
-                "seeds": [run.seed for run in runs],
-                "diverged": [run.seed for run in runs if run.diverged],
-                **{key: [round(v, 5) for v in values] for key, values in ends.items()},
-                "bytes": runs[0].state_bytes_per_parameter,
-                "task_boundary_known": runs[0].task_boundary_known,
-                "stored_data": runs[0].stored_data,
-                "seconds": round(float(np.mean([run.seconds for run in runs])), 2),
-                "date": runs[0].provenance.date[:10],
-                "device": runs[0].provenance.device,
-                "versions": runs[0].provenance.versions,
-                "command": runs[0].provenance.command,
-                "candidates": [trial["settings"] for trial in trials[method]],
-                "scores": [round(trial["score"], 5) for trial in trials[method]],
+            if "plastic" in folder.relative_to(FOLDER / name).parts:
+                plastic[method] = _numbers(runs)
+                continue
+            stored = json.loads((folder / "trials.json").read_text("utf-8"))
+            trials = [continual.tuning.Trial(**t) for t in stored["trials"][method]]
+            methods[method] = _numbers(runs) | {
+                "candidates": [trial.settings for trial in trials],
+                "scores": [round(score, 5) for score in scores(protocol, trials)],
             }
-    order = [method for method in METHODS if method in methods]
-    lines = [f"{json.dumps(m)}: {json.dumps(methods[m])}" for m in order]
-    head = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()]
-    body = '"methods": {\n' + ",\n".join(lines) + "\n}"
-    text = "{" + ",\n".join([*head, body]) + "}\n"
-    (FOLDER / f"{name}.json").write_text(text, "utf-8")
+            if any(trial.measures for trial in trials):
+                methods[method]["measures"] = [trial.measures for trial in trials]
+    known = [m for m in METHODS if m in methods]
+    order = [*known, *sorted(set(methods) - set(known))]
+    parts = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()]
+    for key, chosen in (("methods", methods), ("plastic", plastic)):
+        lines = [
+            f"{json.dumps(m)}: {json.dumps(chosen[m])}" for m in order if m in chosen
+        ]
+        if lines:
+            parts.append(f'"{key}": {{\n' + ",\n".join(lines) + "\n}")
+    (FOLDER / f"{name}.json").write_text("{" + ",\n".join(parts) + "}\n", "utf-8")
+
+
+def _numbers(runs: Sequence[Any]) -> dict[str, Any]:
+    """What the page needs of a method's runs, one a seed."""
+    each = [measures(run.matrix) for run in runs]
+    ends = {
+        "average": [float(np.mean(run.matrix[-1])) for run in runs],
+        **{key: [one[key] for one in each] for key in each[0]},
+        "online": [float(np.mean(run.online_accuracy)) for run in runs],
+    }
+    return {
+        "settings": runs[0].settings,
+        "seeds": [run.seed for run in runs],
+        "diverged": [run.seed for run in runs if run.diverged],
+        **{key: [round(v, 5) for v in values] for key, values in ends.items()},
+        "bytes": runs[0].state_bytes_per_parameter,
+        "task_boundary_known": runs[0].task_boundary_known,
+        "stored_data": runs[0].stored_data,
+        "seconds": round(float(np.mean([run.seconds for run in runs])), 2),
+        "date": runs[0].provenance.date[:10],
+        "device": runs[0].provenance.device,
+        "versions": runs[0].provenance.versions,
+        "command": runs[0].provenance.command,
+    }
 
 
 def main() -> None:
@@ -310,8 +444,10 @@ def main() -> None:
     parser.add_argument("stream", choices=PROTOCOLS)
     parser.add_argument("method", nargs="*")
     parser.add_argument("--data-dir")
+    parser.add_argument("--plastic", action="store_true", help="see study_plastic")
     arguments = parser.parse_args()
-    study(arguments.stream, arguments.method or METHODS, arguments.data_dir)
+    job = study_plastic if arguments.plastic else study
+    job(arguments.stream, arguments.method or METHODS, arguments.data_dir)
     collect(arguments.stream)
 
 

@@ -107,7 +107,7 @@ def test_every_method_follows_the_protocol(name):
     ending = functions(numbers).end_of_task
     assert (ending is not None) or not found.task_boundary_known or "published" in name
     if ending is not None:
-        ended = ending(moved, new_state, _batch(2), key)
+        ended = jax.jit(ending)(moved, new_state, _batch(2), key)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), ended) == before
 
 

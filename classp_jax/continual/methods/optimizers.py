@@ -42,6 +42,15 @@ def _classp_leaf(**settings: Any) -> Any:
     return classp_jax.classp(eps_unit="leaf", **settings)
 
 
+def _classp_rising(
+    learning_rate: Any, prior: Any, rise: float
+) -> optax.GradientTransformationExtraArgs:
+    def rate(step: Any) -> Any:
+        return learning_rate * (1 + jnp.asarray(step, jnp.float32)) ** rise
+
+    return classp_jax.classp(rate, eps=0.0, prior=prior)
+
+
 def _classp_pull(learning_rate: Any, eps: Any, window: Any, pull: Any) -> Any:
     pulled = optax.chain(
         regularizers.l2_to_anchor(pull), optax.sgd(learning_rate / eps)
@@ -126,6 +135,19 @@ OPTIMIZERS: dict[str, Part] = {
             "power": _POWER,
         },
         _classp_prior,
+    ),
+    "classp-root": Part(
+        "CLASSP with a prior, whose rate grows with the root of the steps",
+        {"learning_rate": _RATE, "prior": Setting(3.0, 0.1, 1e3)},
+        functools.partial(_classp_rising, rise=0.5),
+    ),
+    "classp-mean": Part(
+        "CLASSP with a prior that divides by the mean of a weight's gradients",
+        {
+            "learning_rate": Setting(1e-3, 1e-5, 1e-1),
+            "prior": Setting(3.0, 0.1, 1e3),
+        },
+        functools.partial(_classp_rising, rise=1.0),
     ),
     "classp-density": Part(
         "CLASSP with a share of the weights that may move instead of a threshold",

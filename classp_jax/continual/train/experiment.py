@@ -19,6 +19,7 @@ from classp_jax.continual.train.feed import (
     block_shapes,
     block_steps,
 )
+from classp_jax.continual.train.moments import Moments
 from classp_jax.continual.train.places import Place, places_of
 from classp_jax.continual.train.plan import Examples, Plan, Training, make_plans
 from classp_jax.continual.train.step import (
@@ -205,8 +206,10 @@ def problem_maker(experiment: Experiment) -> Callable[..., Problem]:
     training, example = experiment.training, example_of(experiment)
     masked = not all(plan.classes.all() for plan in experiment.plans)
 
-    def problem_of(run: RunData, scale: Any = None) -> Problem:
-        return make_problem(experiment.model, run, example, training, masked, scale)
+    def problem_of(run: RunData, scale: Any = None, moments: Any = ()) -> Problem:
+        return make_problem(
+            experiment.model, run, example, training, masked, scale, moments
+        )
 
     return problem_of
 
@@ -303,7 +306,11 @@ def compile_evaluate(
         examples = chunks_of(parts, total)
         key = scoring_key(plan.seed) if scoring else None
         params = jax.eval_shape(experiment.model.init, jax.random.key(0))
-        arguments = (run_data(plan), examples, np.int32(0), key, params)
+        moments = ()
+        if experiment.training.moments == "running":
+            shape = example_of(experiment).shape
+            moments = jax.eval_shape(lambda: Moments.none(shape))
+        arguments = (run_data(plan), examples, np.int32(0), key, params, moments)
         evaluate = make_evaluate(experiment.model)
         stored = stored_at(experiment, place)
         return compiled(

@@ -42,6 +42,9 @@ class Training(NamedTuple):
     normalisation: tuple[float, ...] = ()
     """Mean and deviation of the inputs, of pixels in [0, 1]; by default those of the
     first task's training data, for each seed its own."""
+    moments: str = "first-task"
+    """``"running"``: standardise every number of the inputs, on top of that, by its
+    mean and deviation over the examples seen so far, in training and evaluation."""
     until_loss: tuple[float, ...] = ()
     """End a task after the first pass whose last batch has a loss below this, at the
     latest after its passes; the last number holds for later tasks."""

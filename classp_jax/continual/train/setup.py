@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from classp_jax.continual.data.arrays import Split, Stream
@@ -61,6 +62,8 @@ def set_up(
     streams: list[Stream] = [draw(seed) for seed in seeds]
     x = streams[0].tasks[0].test.x
     example = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    if training.moments == "running" and jnp.issubdtype(x.dtype, jnp.signedinteger):
+        raise ContinualError("moments 'running' is for images and vectors, not text")
     more = dict(model_options or {})
     if model == "transformer":
         more.setdefault("vocabulary_size", max(s.vocabulary_size for s in streams))
@@ -83,7 +86,7 @@ def set_up(
     data = getattr(stream, "configuration", None) or {"stream": streams[0].name}
     options = dict(more, name=network.name)
     recorded = training._asdict()
-    for name in ("until_loss", "compute_dtype", "nonfinite"):
+    for name in ("until_loss", "compute_dtype", "nonfinite", "moments"):
         if recorded[name] == Training._field_defaults[name]:
             recorded.pop(name)
     configuration = {
@@ -134,6 +137,7 @@ def _training(options: Mapping[str, Any]) -> Training:
         "fisher": ("exact", "sampled", "empirical"),
         "compute_dtype": ("float32", "bfloat16", "float16"),
         "nonfinite": ("stop", "skip"),
+        "moments": ("first-task", "running"),
     }
     for name, allowed in choices.items():
         if getattr(training, name) not in allowed:

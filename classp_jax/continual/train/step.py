@@ -17,6 +17,7 @@ import optax
 
 from classp_jax.continual.methods import Batch, Functions, Method, Problem
 from classp_jax.continual.models import Model
+from classp_jax.continual.train.moments import Moments
 from classp_jax.continual.train.places import Place
 from classp_jax.continual.train.plan import Examples, Training
 from classp_jax.continual.train.precision import (
@@ -71,6 +72,8 @@ class State(NamedTuple):
     tally: Tally
     scale: Any = ()
     """The loss scale of float16."""
+    moments: Any = ()
+    """The inputs' running :class:`Moments`, where these are asked for."""
 
 
 class Compiled(NamedTuple):
@@ -96,11 +99,12 @@ def inputs_of(stored: jax.Array, run: RunData, rows: Any, task: Any) -> jax.Arra
     return shown.reshape(x.shape)
 
 
-def scaled(x: jax.Array, run: RunData) -> jax.Array:
+def scaled(x: jax.Array, run: RunData, moments: Any = ()) -> jax.Array:
     """What the network is given."""
     if jnp.issubdtype(x.dtype, jnp.signedinteger):
         return x
-    return (x.astype(jnp.float32) - run.mean) / run.deviation
+    x = (x.astype(jnp.float32) - run.mean) / run.deviation
+    return moments.standardised(x) if moments else x
 
 
 def make_problem(
@@ -110,6 +114,7 @@ def make_problem(
     training: Training,
     masked: bool,
     scale: Any = None,
+    moments: Any = (),
 ) -> Problem:
     """The problem of one run, inside its traced functions.
 
@@ -120,11 +125,12 @@ def make_problem(
       training: batch size, precision and the like.
       masked: whether some outputs may not win.
       scale: the loss scale of float16.
+      moments: what the inputs are standardised by, where these run.
     """
     dtype = jnp.dtype(training.compute_dtype)
 
     def logits(params: Any, batch: Batch, key: Any = None) -> jax.Array:
-        x = scaled(batch.x, run)
+        x = scaled(batch.x, run, moments)
         if dtype != jnp.float32:
             params = narrowed(params, dtype, scale)
             x = x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -174,17 +180,18 @@ def make_traced(
     Args:
       method: the method.
       static: settings that are compiled in; the others come with each call.
-      problem_of: the problem of a run, given the loss scale.
+      problem_of: the problem of a run, given the loss scale and running moments.
       training: the precision, and what a step that is not finite leads to.
     """
     has_scale = training.compute_dtype == "float16"
     undoes = has_scale or training.nonfinite == "skip"
+    has_moments = training.moments == "running"
 
     def functions(
-        run: RunData, settings: Mapping[str, Any], scale: Any = ()
+        run: RunData, settings: Mapping[str, Any], scale: Any = (), moments: Any = ()
     ) -> Functions:
         value = scale.value if scale else None
-        return method.make({**static, **settings}, problem_of(run, value))
+        return method.make({**static, **settings}, problem_of(run, value, moments))
 
     def batch_of(stored: Any, run: RunData, examples: Examples) -> Batch:
         return Batch(
@@ -196,7 +203,6 @@ def make_traced(
         )
 
     def init(stored: Any, run: Any, settings: Any, params: Any, keys: Any) -> State:
-        del stored
         zero, none = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
         return State(
             params=params,
@@ -208,6 +214,7 @@ def make_traced(
             finite=jnp.ones([], bool),
             tally=Tally(zero, none, zero, zero, none),
             scale=LossScale.first() if has_scale else (),
+            moments=Moments.none(stored.shape[1:]) if has_moments else (),
         )
 
     def advance(
@@ -229,12 +236,17 @@ def make_traced(
             examples = Examples(*(a[here] for a in schedule))
             batch = batch_of(stored, run, examples)
             key = jax.random.fold_in(s.key, s.total)
-            step = functions(run, settings, s.scale).step
+            moments = s.moments
+            if has_moments:
+                moments = moments.after(scaled(batch.x, run))
+            step = functions(run, settings, s.scale, moments).step
             params, own, metrics = step(s.params, s.method, batch, key)
             scale, fine = s.scale, jnp.bool_(True)
             if undoes:
-                (params, own), fine = unless_broken(
-                    (params, own), (s.params, s.method), metrics.loss
+                (params, own, moments), fine = unless_broken(
+                    (params, own, moments),
+                    (s.params, s.method, s.moments),
+                    metrics.loss,
                 )
             if has_scale:
                 scale = s.scale.after(fine)
@@ -262,6 +274,7 @@ def make_traced(
                 finite=s.finite & (jnp.isfinite(metrics.loss) | undoes),
                 tally=tally,
                 scale=scale,
+                moments=moments,
             )
 
         state = jax.lax.while_loop(lambda s: (s.step < stop) & ~s.ended, body, state)
@@ -277,7 +290,7 @@ def make_traced(
         key: Any,
         state: State,
     ) -> State:
-        ending = functions(run, settings, state.scale).end_of_task
+        ending = functions(run, settings, state.scale, state.moments).end_of_task
         assert ending is not None
         key = jax.random.fold_in(key, state.total)
         batch = batch_of(stored, run, sample)
@@ -308,13 +321,14 @@ def make_evaluate(model: Model) -> Callable[..., jax.Array]:
         chunks: Any,
         key: Any,
         params: Any,
+        moments: Any,
     ) -> jax.Array:
         """Examples are ``[all chunks, CHUNK]``; padding has the label -1."""
         tasks = run.classes.shape[0]
 
         def body(i: Any, counts: jax.Array) -> jax.Array:
             rows, y, task = (a[i] for a in examples)
-            x = scaled(inputs_of(stored, run, rows, task), run)
+            x = scaled(inputs_of(stored, run, rows, task), run, moments)
             own = None if key is None else jax.random.fold_in(key, i)
             logits = model.apply(params, x, own)
             logits = jnp.where(run.classes[task], logits, -jnp.inf)

@@ -152,7 +152,9 @@ class Track:
         chunks = np.int32(-(-sizes.sum() // CHUNK))
         scoring = key is not None
         evaluate = compile_evaluate(self.experiment, self.place, scoring=scoring)
-        (counts,) = evaluate([(self.data, examples, chunks, key, self.state.params)])
+        state = self.state
+        arguments = (self.data, examples, chunks, key, state.params, state.moments)
+        (counts,) = evaluate([arguments])
         return np.asarray(counts)[: len(sizes)] / sizes
 
     def end_task(self, state: State, task: int) -> None:
@@ -298,7 +300,7 @@ def start_tracks(
                     place=place,
                     executables=executables,
                     state=state,
-                    state_bytes=_bytes(state.method)
+                    state_bytes=_bytes((state.method, state.moments))
                     + own.stored_bytes * int(own.is_joint),
                     matrix=np.full((tasks + 1, tasks), np.nan),
                     curve_steps=[0],

@@ -1,0 +1,130 @@
+"""The stored results of the league: numbers of runs, and how they are written."""
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from study import FORMS, METHODS, PROTOCOLS, REMEDIES
+
+from classp_jax.continual.results.statistics import Difference, paired_difference
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@functools.cache
+def stored(stream: str) -> dict[str, Any]:
+    """What a stream's file holds."""
+    return json.loads((FOLDER / f"{stream}.json").read_text("utf-8"))
+
+
+def streams() -> list[str]:
+    """The streams that have been run, in the order of the protocols."""
+    return [name for name in PROTOCOLS if (FOLDER / f"{name}.json").exists()]
+
+
+def methods(stream: str) -> dict[str, Any]:
+    """A stream's methods by name."""
+    return stored(stream)["methods"]
+
+
+def has(stream: str, method: str) -> bool:
+    """Whether a method was run on a stream."""
+    return method in methods(stream)
+
+
+def wide() -> list[str]:
+    """The streams that every method was run on, remedies aside."""
+    wanted = [m for m in METHODS if m not in REMEDIES]
+    return [stream for stream in streams() if all(has(stream, m) for m in wanted)]
+
+
+def is_free(found: dict[str, Any]) -> bool:
+    """Whether a method is told no boundary and stores no data."""
+    return not (found["task_boundary_known"] or found["stored_data"])
+
+
+def percent(stream: str, method: str, key: str = "") -> np.ndarray:
+    """One number a seed, in %; NaN for a seed that diverged.
+
+    Args:
+      stream: its name.
+      method: its name.
+      key: what to look up; by default what the stream's trials were judged by.
+    """
+    return numbers(methods(stream)[method], key or PROTOCOLS[stream].criterion)
+
+
+def numbers(found: dict[str, Any], key: str) -> np.ndarray:
+    diverged = np.isin(found["seeds"], found["diverged"])
+    return np.where(diverged, np.nan, 100 * np.array(found[key], float))
+
+
+def best_scores(stream: str) -> dict[str, float]:
+    """The best trial of each method, on validation data."""
+    return {name: max(found["scores"]) for name, found in methods(stream).items()}
+
+
+@functools.cache
+def named() -> str:
+    """The form of CLASSP that stands for it on the whole page.
+
+    By a rule that looks at no test data: the mean of its best trial over the streams
+    that all were run on. A remedy, which was not, cannot be it.
+    """
+    found = {
+        form: np.mean([best_scores(stream)[form] for stream in wide()])
+        for form in FORMS
+        if form in METHODS and form not in REMEDIES
+    }
+    return max(found, key=lambda form: found[form])
+
+
+def difference(stream: str, method: str, other: str, key: str = "") -> Any:
+    """The paired difference in points; without an interval where a seed diverged."""
+    own, against = percent(stream, method, key), percent(stream, other, key)
+    if np.isnan(own).any() or np.isnan(against).any():
+        return Difference(math.nan, math.nan, math.nan, 0)
+    return paired_difference(own.tolist(), against.tolist())
+
+
+def interval(found: Difference) -> str:
+    """A difference with its interval and its word; a dash where there is none."""
+    if not found.word:
+        return "-"
+    half = (found.high - found.low) / 2
+    return f"{found.mean:+.1f} ± {half:.1f}, {found.word}"
+
+
+def mean(numbers: np.ndarray) -> str:
+    """Mean and half of its 95 % t-interval."""
+    if np.isnan(numbers).any():
+        return f"{int(np.isnan(numbers).sum())} of {len(numbers)} seeds diverged"
+    found = paired_difference(numbers.tolist(), [0.0] * len(numbers))
+    return f"{found.mean:.1f} ± {(found.high - found.low) / 2:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns but the first are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ranked(stream: str, *, free: bool = False) -> list[str]:
+    """The methods by mean test accuracy, those that diverged last.
+
+    Args:
+      stream: its name.
+      free: leave out those that are told a boundary or store data.
+    """
+
+    def key(name: str) -> float:
+        numbers = percent(stream, name)
+        return math.inf if np.isnan(numbers).any() else -float(numbers.mean())
+
+    found = methods(stream)
+    chosen = [m for m in found if "+" not in m and (not free or is_free(found[m]))]
+    return sorted(chosen, key=key)

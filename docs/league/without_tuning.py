@@ -1,0 +1,118 @@
+"""What one gets without tuning: one setting of a method for several streams."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import runs
+from study import BOUNDARY, BOUNDARY_FREE, FORMS
+
+
+def with_free_trials(among: Sequence[str]) -> list[str]:
+    """Methods that have the same candidate settings on some streams."""
+    return [m for m in (*FORMS, *BOUNDARY_FREE, *BOUNDARY) if common(m, among)]
+
+
+def common(method: str, among: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """The candidates that a method was given on every stream; empty if none were."""
+    among = runs.streams() if among is None else among
+    if not among or any(method not in runs.methods(stream) for stream in among):
+        return []
+    found = [runs.methods(stream)[method]["candidates"] for stream in among]
+    shortest = min(map(len, found))
+    same = all(candidates[:shortest] == found[0][:shortest] for candidates in found)
+    return found[0][:shortest] if same else []
+
+
+def trial_scores(method: str, among: Sequence[str]) -> np.ndarray:
+    """Of the candidates that these streams have in common, in %, a row a stream."""
+    count = len(common(method, among))
+    return 100 * np.array([runs.methods(s)[method]["scores"][:count] for s in among])
+
+
+def untuned(
+    method: str, among: Sequence[str] | None = None
+) -> dict[str, tuple[dict[str, float], float, float]]:
+    """For each stream, the setting chosen on the others, its score, and what it loses.
+
+    The setting is the one whose scores on the other streams lie least below the best
+    of this method there, in the mean. All scores are on validation data.
+    """
+    among = runs.streams() if among is None else list(among)
+    candidates, scores = common(method, among), trial_scores(method, among)
+    lost = scores.max(axis=1, keepdims=True) - scores
+    found = {}
+    for k, stream in enumerate(among):
+        chosen = int(np.argmin(np.delete(lost, k, axis=0).mean(axis=0)))
+        score = float(scores[k, chosen])
+        found[stream] = candidates[chosen], score, float(lost[k, chosen])
+    return found
+
+
+def shared_setting(
+    method: str, among: Sequence[str]
+) -> tuple[dict[str, float], np.ndarray]:
+    """The one setting that loses least over all of these streams, and its scores."""
+    scores = trial_scores(method, among)
+    lost = scores.max(axis=1, keepdims=True) - scores
+    chosen = int(np.argmin(lost.mean(axis=0)))
+    return common(method, among)[chosen], scores[:, chosen]
+
+
+def one_setting(among: Sequence[str]) -> str:
+    """The table without tuning, by the mean of the accuracies."""
+    rows = {m: untuned(m, among) for m in with_free_trials(among)}
+
+    def total(method: str) -> float:
+        return float(np.mean([score for _, score, _ in rows[method].values()]))
+
+    order = sorted(rows, key=total, reverse=True)
+    header = [
+        "Method",
+        "mean, %",
+        "mean lost",
+        *(runs.stored(s)["title"] for s in among),
+        "one setting for all, mean, %",
+        "mean lost",
+    ]
+    body = []
+    for method in order:
+        lost = np.mean([lost for _, _, lost in rows[method].values()])
+        cells = [
+            f"{score:.1f} (-{lost:.1f})" for _, score, lost in rows[method].values()
+        ]
+        _, scores = shared_setting(method, among)
+        least = np.mean(trial_scores(method, among).max(axis=1) - scores)
+        name = f"**`{method}`**" if method in FORMS else f"`{method}`"
+        body.append(
+            [
+                name,
+                f"{total(method):.1f}",
+                f"{lost:.1f}",
+                *cells,
+                f"{scores.mean():.1f}",
+                f"{least:.1f}",
+            ]
+        )
+    return runs.table(header, body)
+
+
+def everywhere(method: str, among: Sequence[str]) -> str:
+    """The setting of a method that loses least over all streams, in words."""
+    chosen, scores = shared_setting(method, among)
+    varied = {k: v for k, v in chosen.items() if k not in ("power", "threshold")}
+    setting = ", ".join(
+        f"{key.replace('_', ' ')} {value:g}" for key, value in varied.items()
+    )
+    return f"{setting}: {', '.join(f'{score:.1f}' for score in scores)} %"
+
+
+def lost(method: str) -> str:
+    """The points that a method loses without tuning, the mean over streams."""
+    found = untuned(method, runs.wide())
+    return f"{np.mean([points for _, _, points in found.values()]):.0f}"
+
+
+def score_without(method: str) -> str:
+    """The accuracy of a method without tuning, the mean over streams."""
+    found = untuned(method, runs.wide())
+    return f"{np.mean([score for _, score, _ in found.values()]):.1f}"

@@ -172,7 +172,8 @@ def memory(tasks: int, steps: int, block: int) -> list[tuple[float, float]]:
         if event.task_finished:
             status = pathlib.Path("/proc/self/status").read_text()
             named = dict(re.findall(r"(\w+):\s*(\d+) kB", status))
-            found.append(tuple(int(named[n]) * 1024 / 1e6 for n in ("VmRSS", "VmHWM")))
+            now, most = (int(named[n]) * 1024 / 1e6 for n in ("VmRSS", "VmHWM"))
+            found.append((now, most))
 
     stream = _stream(lambda rng: _batches(rng, steps), steps, tasks)
     _train(stream, "replay+classp", progress=after_a_task)

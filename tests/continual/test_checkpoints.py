@@ -15,14 +15,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from classp_jax import continual
-from classp_jax.continual import checkpoints
+from classp_jax.continual import checkpoints, leaves
 from classp_jax.continual.train import keeper
 
 SMALL: dict[str, Any] = {"seeds": [0, 1], "epochs": 2, "points": 2}
 
 
 def _bits(leaf):
-    if checkpoints._is_key(leaf):
+    if leaves.is_key(leaf):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf).tobytes()
 

@@ -340,6 +340,8 @@ def _write(
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Removes what a process that was killed, or a full disk, has left."""
+    if jax.process_index() > 0:
+        return  # The first one of several processes does.
     for left in folder.glob("*.tmp*"):  # Orbax's own end like ours.
         shutil.rmtree(left, ignore_errors=True)
 

@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 )
 import jax
+from jax.experimental import multihost_utils
 from classp_jax import continual
 from classp_jax.continual.train import hosts
 
@@ -48,6 +49,20 @@ results = continual.run(
 together = {"together %s %d" % k: v.params["w"] for k, v in results.params.items()}
 import numpy as np
 np.savez("%s/%s.npz" % (folder, process_id), **spread, **together)
+
+# Both save an array that lies across them, and restore their own parts.
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+values = np.arange(8.0, dtype=np.float32)
+for step in range(2):
+    array = jax.make_array_from_callback((8,), sharding, lambda i: values[i] + step)
+    tree = {"array": array, "step": step}
+    continual.save(folder + "/../saved-" + processes, tree, step=step).result()
+multihost_utils.sync_global_devices("saved")
+restored = continual.restore(folder + "/../saved-" + processes, tree)
+assert restored.step == restored.tree["step"] == 1
+for piece in restored.tree["array"].addressable_shards:
+    np.testing.assert_array_equal(piece.data, values[piece.index] + 1)
 print("finished")
 """
 

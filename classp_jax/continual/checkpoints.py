@@ -24,7 +24,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from classp_jax.continual.errors import CheckpointError, CheckpointWarning
+from classp_jax.continual.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ContinualError,
+    check_count,
+)
 from classp_jax.continual.leaves import as_leaf, copied, is_key, kind, named
 from classp_jax.continual.results.files import write_atomically
 
@@ -96,9 +101,8 @@ def save(
       >>> restored.step, restored.tree["w"].tolist()
       (100, [0.0, 1.0, 2.0])
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise CheckpointError(f"{name} must be a whole number >= {least}: {value}")
+    _check_count("step", step, 0)
+    _check_count("keep", keep, 1)
     folder = pathlib.Path(os.path.abspath(folder))
     wait(folder)
     orbax()
@@ -145,6 +149,8 @@ def restore(
       CheckpointError: if there is none, if none is whole, or if the tree differs: the
         first leaf that does is named.
     """
+    if step is not None:
+        _check_count("step", step, 0)
     folder = pathlib.Path(os.path.abspath(folder))
     try:
         wait(folder)
@@ -406,6 +412,13 @@ def _line(error: BaseException) -> str:
     if codes := re.findall(r"os_error_code='(\d+)'", text):
         return os.strerror(int(codes[-1]))
     return text.splitlines()[0].rstrip(".")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    try:
+        check_count(name, value, least)
+    except ContinualError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _cannot_write(path: pathlib.Path, error: Exception) -> CheckpointError:

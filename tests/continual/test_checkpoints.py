@@ -138,6 +138,7 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
         (lambda: continual.save(tmp_path, 1, step=1, note={"a": {1}}), "JSON"),
         (lambda: continual.save(tmp_path / "file", 1, step=1), "Cannot write"),
         (lambda: continual.restore(tmp_path / "none", 1), "no checkpoint in"),
+        (lambda: continual.restore(tmp_path, 1, step=-3), "step must be a whole"),
         (lambda: continual.restore(tmp_path, 1, step=3), "no checkpoint of step 3"),
     ]
     for call, message in cases:

@@ -169,14 +169,12 @@ def test_those_who_wait_for_a_third_in_vain_say_so_in_one_line():
     address = f"127.0.0.1:{_port()}"
     children = [_join(address, 3, 0), _join(address, 3, 1)]
     children.append(_join(f"127.0.0.1:{_port()}", 1, 0))
-    for child in children:
-        _, errors = child.communicate(timeout=300)
-        if child is children[-1]:
-            assert (child.returncode, errors) == (143, "")
-        else:
-            assert child.returncode == 1
-            assert errors.startswith(f"waited 2 seconds at {address} for 3 processes")
-            assert errors.count("\n") == 1
+    found = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [1, 1, 143]
+    assert found[0].startswith(f"waited 2 seconds at {address} for 3 processes")
+    # It may have been faster than the first one by more than its patience.
+    assert address in found[1]
+    assert [errors.count("\n") for errors in found] == [1, 1, 0]
 
 
 def test_a_port_that_is_taken_is_one_line():

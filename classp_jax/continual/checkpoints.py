@@ -22,10 +22,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from classp_jax.continual.errors import CheckpointError, CheckpointWarning
+from classp_jax.continual.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ContinualError,
+    check_count,
+)
+from classp_jax.continual.leaves import as_leaf, copied, is_key, kind, named
 from classp_jax.continual.results.files import write_atomically
 
 MANIFEST = "classp_jax.manifest"
@@ -89,31 +94,30 @@ def save(
 
     Example:
       >>> import tempfile
-      >>> params = {"w": jnp.arange(3.0)}
+      >>> params = {"w": jax.numpy.arange(3.0)}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     _ = save(folder, params, step=100)
       ...     restored = restore(folder, params)
       >>> restored.step, restored.tree["w"].tolist()
       (100, [0.0, 1.0, 2.0])
     """
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise CheckpointError(f"{name} must be a whole number >= {least}: {value}")
+    _check_count("step", step, 0)
+    _check_count("keep", keep, 1)
     folder = pathlib.Path(os.path.abspath(folder))
     wait(folder)
     orbax()
-    leaves = _named(tree)
+    leaves = named(tree)
     content = {
         "step": int(step),
         "note": dict(note or {}),
-        "leaves": {path: _kind(leaf) for path, leaf in leaves.items()},
+        "leaves": {path: kind(leaf) for path, leaf in leaves.items()},
     }
     try:
         # A copy, since the caller's lists may grow before it is written.
         content = json.loads(json.dumps(content))
     except TypeError as error:
         raise CheckpointError(f"The note must be of JSON's types: {error}.") from None
-    arrays = {path: _copied(leaf) for path, leaf in leaves.items() if np.size(leaf)}
+    arrays = {path: copied(leaf) for path, leaf in leaves.items() if np.size(leaf)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,6 +149,8 @@ def restore(
       CheckpointError: if there is none, if none is whole, or if the tree differs: the
         first leaf that does is named.
     """
+    if step is not None:
+        _check_count("step", step, 0)
     folder = pathlib.Path(os.path.abspath(folder))
     try:
         wait(folder)
@@ -210,9 +216,9 @@ def find(
 
 def load(found: Checkpoint, like: Any) -> Any:
     """A checkpoint's arrays in the tree ``like``; see :func:`restore`."""
-    wanted = _named(like)
+    wanted = named(like)
     for path in dict.fromkeys([*wanted, *found.leaves]):
-        here = _kind(wanted[path]) if path in wanted else None
+        here = kind(wanted[path]) if path in wanted else None
         there = found.leaves.get(path)
         if here != there:
             raise CheckpointError(
@@ -230,7 +236,7 @@ def load(found: Checkpoint, like: Any) -> Any:
             arrays = reader.restore(found.path, args=args)
     except Exception as error:
         raise CheckpointError(f"Cannot read {found.path}: {_line(error)}.") from error
-    leaves = [_as(leaf, arrays.get(path)) for path, leaf in wanted.items()]
+    leaves = [as_leaf(leaf, arrays.get(path)) for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -340,6 +346,8 @@ def _write(
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Removes what a process that was killed, or a full disk, has left."""
+    if jax.process_index() > 0:
+        return  # The first one of several processes does.
     for left in folder.glob("*.tmp*"):  # Orbax's own end like ours.
         shutil.rmtree(left, ignore_errors=True)
 
@@ -387,58 +395,13 @@ def _verified(path: pathlib.Path) -> Checkpoint:
     return Checkpoint(path, content["step"], content["note"], content["leaves"])
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-    if len(named) < len(leaves):
-        raise CheckpointError("Two leaves of the tree have one path; rename a key.")
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _kind(leaf: Any) -> str:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    if not _is_key(leaf) and dtype.kind in "OSU":
-        raise CheckpointError(f"A checkpoint holds arrays and numbers, not {leaf!r}.")
-    return f"{dtype}[{','.join(map(str, np.shape(leaf)))}]"
-
-
-def _copied(leaf: Any) -> Any:
-    """A copy on the host; on a device where no host sees the whole array."""
-    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jnp.copy(leaf)
-    return np.array(leaf, copy=True)
-
-
 def _restore_argument(leaf: Any) -> Any:
     """How Orbax is to read a leaf."""
     ocp = orbax()
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None or _is_key(leaf):
+    if sharding is None or is_key(leaf):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype)
-
-
-def _as(leaf: Any, array: Any) -> Any:
-    """What was read, as the leaf ``leaf`` is."""
-    if array is None:
-        array = np.zeros(leaf.shape, leaf.dtype)
-    if _is_key(leaf):
-        key = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-        sharding = getattr(leaf, "sharding", None)
-        return key if sharding is None else jax.device_put(key, sharding)
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jnp.asarray(array)
-    if isinstance(leaf, np.ndarray):
-        return array
-    return array[()] if isinstance(leaf, np.generic) else array.item()
 
 
 def _line(error: BaseException) -> str:
@@ -449,6 +412,13 @@ def _line(error: BaseException) -> str:
     if codes := re.findall(r"os_error_code='(\d+)'", text):
         return os.strerror(int(codes[-1]))
     return text.splitlines()[0].rstrip(".")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    try:
+        check_count(name, value, least)
+    except ContinualError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _cannot_write(path: pathlib.Path, error: Exception) -> CheckpointError:

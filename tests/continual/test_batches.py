@@ -137,6 +137,7 @@ GOOD = next(_data())
         (_reader(GOOD[0][:, :5], GOOD[1]), r"inputs float32 \[5, 5\] and 5 labels"),
         (_reader(GOOD[0].astype(int), GOOD[1]), "inputs int64"),
         (_reader(GOOD[0], GOOD[1] + 1), "labels from .* there are 3 outputs"),
+        (_reader(GOOD[0], GOOD[1] + 0.5), "labels must be integers, a batch has float"),
         (lambda rng: iter([GOOD[0]]), r"must be a pair \(x, y\), got ndarray"),
     ],
 )
@@ -164,6 +165,7 @@ def test_what_needs_all_data_is_refused_before_training():
     for arguments, words in {
         (48, 2): "label 2 is outside the 2 outputs",
         (0, 3): "examples must be >= 1",
+        (3.5, 3): "examples must be >= 1 for each task, whole numbers, got 3.5",
     }.items():
         with pytest.raises(continual.ContinualError, match=words):
             continual.stream_of_batches(

@@ -15,14 +15,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from classp_jax import continual
-from classp_jax.continual import checkpoints
+from classp_jax.continual import checkpoints, leaves
 from classp_jax.continual.train import keeper
 
 SMALL: dict[str, Any] = {"seeds": [0, 1], "epochs": 2, "points": 2}
 
 
 def _bits(leaf):
-    if checkpoints._is_key(leaf):
+    if leaves.is_key(leaf):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf).tobytes()
 
@@ -138,6 +138,7 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
         (lambda: continual.save(tmp_path, 1, step=1, note={"a": {1}}), "JSON"),
         (lambda: continual.save(tmp_path / "file", 1, step=1), "Cannot write"),
         (lambda: continual.restore(tmp_path / "none", 1), "no checkpoint in"),
+        (lambda: continual.restore(tmp_path, 1, step=-3), "step must be a whole"),
         (lambda: continual.restore(tmp_path, 1, step=3), "no checkpoint of step 3"),
     ]
     for call, message in cases:

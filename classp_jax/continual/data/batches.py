@@ -84,9 +84,14 @@ def stream_of_batches(
     names = names if task_names is None else distinct(task_names)
     if not given or len(names) != len(given):
         raise DataError(f"{name}: has {len(given)} tasks, {len(names)} task names.")
-    sizes = [examples] * len(given) if isinstance(examples, int) else list(examples)
-    if len(sizes) != len(given) or any(size < 1 for size in sizes):
-        raise DataError(f"{name}: examples must be >= 1 for each task, got {examples}.")
+    several = isinstance(examples, Sequence)
+    sizes = list(examples) if several else [examples] * len(given)
+    whole = all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
+    if len(sizes) != len(given) or not whole:
+        raise DataError(
+            f"{name}: examples must be >= 1 for each task, whole numbers, got "
+            f"{examples!r}."
+        )
     seen: dict[int, tuple[str, np.ndarray]] = {}
     made = []
     for task, size, parts in zip(names, sizes, given, strict=True):

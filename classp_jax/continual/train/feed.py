@@ -193,6 +193,10 @@ class Feed:
                 f"{self._name}: a batch has inputs {x.dtype} {list(x.shape)} and "
                 f"{len(y)} labels; the test examples are {dtype} {list(shape)} each"
             )
+        if y.dtype.kind not in "iub":
+            raise ContinualError(
+                f"{self._name}: labels must be integers, a batch has {y.dtype}"
+            )
         outputs = self._plan.classes.shape[1]
         if len(y) and not (y.min() >= 0 and y.max() < outputs):
             raise ContinualError(

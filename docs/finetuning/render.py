@@ -14,6 +14,7 @@ import numpy as np
 from curves import chosen_trials, frontier, kept_at, read
 from matplotlib.figure import Figure
 from methods import METHODS, OURS, trials
+from picture import drawn
 from plan import OLD_EXAMPLES, PLANS, TUNING_SEED
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
@@ -23,18 +24,6 @@ FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parent / "finetuning.md"
 
 TEMPLATE = FOLDER / "page.template.md"
-
-COLOURS = {
-    "AdamW": "#D55E00",
-    "averaging": "#E69F00",
-    "EWC": "#009E73",
-    "LoRA": "#CC79A7",
-    "replay of 1 %": "#000000",
-    "protect(AdamW), frozen": "#56B4E9",
-    "EWC, merged by importance": "#0072B2",
-}
-"""Okabe and Ito's, of the methods that are drawn in colour; the others are grey."""
-
 
 PAIRS = (
     ("EWC, merged by importance", "EWC"),
@@ -258,38 +247,13 @@ def runs(problem: str) -> int:
 
 def picture(problem: str) -> Figure:
     """All trials' frontier on validation data; the chosen ones on test data."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
     target = PLANS[problem].targets[0]
+    frontiers = {
+        name: frontier([p[1:] for line in made(problem, name) for p in line["curve"]])
+        for name in methods(problem)
+    }
     kept = {name: of_seeds(problem, name, target) for name in methods(problem)}
-    known = {name: x for name, x in kept.items() if np.isfinite(x).any()}
-    by_mean = sorted(known, key=lambda name: np.nanmean(known[name]))
-    for method in methods(problem):
-        colour = COLOURS.get(method, "0.7")
-        style, order = ("-", 2) if method in COLOURS else ("--", 1)
-        points = np.array(
-            frontier([p[1:] for line in made(problem, method) for p in line["curve"]])
-        )
-        left.plot(points[:, 1], points[:, 0], style, color=colour, zorder=order)
-        if method in known:
-            row = np.full(len(kept[method]), by_mean.index(method))
-            right.plot(kept[method], row, "o", mfc="none", color=colour)
-            right.plot(np.nanmean(kept[method]), row[0], "|", ms=16, mew=2.5, c=colour)
-    right.set_yticks(range(len(by_mean)), by_mean)
-    for label in right.get_yticklabels():
-        label.set_color(COLOURS.get(label.get_text(), "0.45"))
-    left.set(
-        title=f"every setting, one seed, validation data ({problem})",
-        xlabel="new ability",
-        ylabel="old ability kept",
-    )
-    right.set(
-        title=f"chosen settings at {target:.0f} % new ability, test data",
-        xlabel="old ability kept",
-    )
-    for axis in (left, right):
-        axis.grid(color="0.92")
-    return figure
+    return drawn(problem, frontiers, kept, target)
 
 
 def is_complete(problem: str, method: str) -> bool:
@@ -331,11 +295,13 @@ def first_look(problem: str) -> str:
         narrow = [line["curve"] for line in made(problem, method)]
         cells = []
         for curves in (wide, narrow):
-            complete = len(curves) >= plan.trials
+            # The best of some is a lower bound for all.
+            enough = len(curves) >= plan.trials / 2
+            few = f" (of {len(curves)})" if len(curves) < plan.trials else ""
             for target in plan.targets:
                 kept = [-np.inf, *(kept_at(curve, target) for curve in curves)]
-                best = np.nanmax(kept) if complete else -np.inf
-                cells.append(f"{best:.1f}" if best > -np.inf else "-")
+                best = np.nanmax(kept) if enough else -np.inf
+                cells.append(f"{best:.1f}{few}" if best > -np.inf else "-")
         if set(cells) != {"-"}:
             rows.append([f"**{method}**" if method in OURS else method, *cells])
     header = ["method"] + [
@@ -363,13 +329,17 @@ def cost(problem: str) -> str:
     """What is left to run, and how long it would take."""
     found = [line["seconds"] for line in lines(problem) if "curve" in line]
     plan = PLANS[problem]
-    count = len(METHODS) * (plan.trials + len(plan.seeds) * len(plan.targets))
+    tests = len(plan.seeds) * len(plan.targets)
     if not found:
-        return f"None of up to {count} runs was made."
-    hours = max(count - len(found), 0) * float(np.median(found)) / 3600
+        return f"None of up to {len(METHODS) * (plan.trials + tests)} runs was made."
+    left = sum(
+        plan.trials - len(made(problem, name)) + tests
+        for name in METHODS
+        if not is_complete(problem, name)
+    )
     return (
-        f"{len(found)} of up to {count} runs were made, of {np.median(found):.0f} s "
-        f"each (median, on shared cores): {hours:.1f} hours are left."
+        f"Up to {left} runs are left, of {np.median(found):.0f} s each (median of "
+        f"{len(found)}, on shared cores)."
     )
 
 

@@ -32,12 +32,14 @@ def drawn(
         colour = COLOURS.get(method, "0.7")
         style, order = ("-", 2) if method in COLOURS else ("--", 1)
         old, new = np.array(points).T
-        left.plot(new, old, style, color=colour, zorder=order)
+        label = method if method in COLOURS else None
+        left.plot(new, old, style, color=colour, zorder=order, label=label)
     for row, method in enumerate(by_mean):
         colour = COLOURS.get(method, "0.7")
         x = known[method]
         right.plot(x, np.full(len(x), row), "o", mfc="none", color=colour)
         right.plot(np.nanmean(x), row, "|", ms=16, mew=2.5, color=colour)
+    left.legend(frameon=False, fontsize=8, loc="lower left")
     right.set_yticks(range(len(by_mean)), by_mean)
     for label in right.get_yticklabels():
         label.set_color(COLOURS.get(label.get_text(), "0.45"))

@@ -250,7 +250,8 @@ def picture(problem: str) -> Figure:
     target = PLANS[problem].targets[0]
     frontiers = {
         name: frontier([p[1:] for line in made(problem, name) for p in line["curve"]])
-        for name in methods(problem)
+        for name in METHODS
+        if len(made(problem, name)) == PLANS[problem].trials
     }
     kept = {name: of_seeds(problem, name, target) for name in methods(problem)}
     return drawn(problem, frontiers, kept, target)

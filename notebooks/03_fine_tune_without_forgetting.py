@@ -159,13 +159,12 @@ def fine_tune(tx, importance=None, passes=4, **settings):
 adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
 curves = {
     "AdamW": [
-        fine_tune(adamw, learning_rate=rate)
-        for rate in (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+        fine_tune(adamw, learning_rate=rate) for rate in (5e-4, 1e-3, 2e-3, 5e-3)
     ],
     "protect(AdamW)": [
         fine_tune(tx, file, rate=rate, eps=eps)
         for rate in (5e-3, 2e-2)
-        for eps in (0.03, 0.1, 0.3)
+        for eps in (0.03, 0.3)
     ],
 }
 

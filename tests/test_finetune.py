@@ -251,11 +251,18 @@ def test_gradients_of_another_tree():
         fill(tx, tx.init(PARAMS), PARAMS, old)
 
 
-def test_batches_whose_arrays_differ_in_length():
+def test_batches_whose_arrays_differ_in_length_or_are_empty():
     old = finetune.gradients(loss, PARAMS, [BATCHES[0], (X[:3], Y[:2])])
     next(old)
     with pytest.raises(ValueError, match=r"In batch 1 .* \[2, 3\] examples"):
         next(old)
+    # Their gradients would be 0: nothing measured, and nothing said.
+    for per_example in (False, True):
+        empty = finetune.gradients(
+            loss, PARAMS, [(X[:0], Y[:0])], per_example=per_example
+        )
+        with pytest.raises(ValueError, match=r"In batch 0 .* \[0\] examples"):
+            next(empty)
 
 
 # Files

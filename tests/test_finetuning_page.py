@@ -92,11 +92,11 @@ def test_results_are_lines_of_json_with_what_made_them():
             assert {"date", "device", "jax", "part"} <= found.keys()
 
 
-def test_the_path_on_the_page_runs(tmp_path, monkeypatch):
+def test_the_code_on_the_page_runs(tmp_path, monkeypatch):
     import jax.numpy as jnp
 
     page = (FOLDER.parent / "finetuning.md").read_text("utf-8")
-    (path, *_) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    path, combination = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
 
     def loss(params, batch):
@@ -114,3 +114,16 @@ def test_the_path_on_the_page_runs(tmp_path, monkeypatch):
     importance = names["state"].importance.accumulator["w"]
     np.testing.assert_allclose(importance, [2.0 + 18.0, 0.0])
     assert isinstance(names["tx"], optax.GradientTransformation)
+
+    names |= {
+        "logits": lambda params, x: x @ params["w"][:, None] * jnp.array([[1.0, -1.0]]),
+        "old_params": names["params"],
+        "old_inputs": names["old_batches"][0],
+        "new_params": {"w": jnp.array([3.0, 2.0])},
+    }
+    with jax.numpy_dtype_promotion("standard"):
+        exec(combination, names)
+    # No input has the second feature: that weight is as after fine-tuning.
+    first, second = names["params"]["w"]
+    assert 1.0 <= first < 3.0
+    assert second == 2.0

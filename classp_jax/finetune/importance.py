@@ -62,7 +62,7 @@ def gradients(
       module an ``nnx.State``.
 
     Raises:
-      ValueError: if a batch's arrays differ in their numbers of examples.
+      ValueError: if a batch's arrays differ in their numbers of examples or have none.
       TypeError: if a parameter is not of floats.
 
     Example:
@@ -99,10 +99,10 @@ def gradients(
         gradient = jax.jit(jax.grad(of_tree))
     for number, batch in enumerate(batches):
         lengths = {(*jnp.shape(x), 0)[0] for x in jax.tree.leaves(batch)}
-        if len(lengths) != 1:
+        if len(lengths) != 1 or lengths == {0}:
             raise ValueError(
                 f"In batch {number} the arrays have {sorted(lengths)} examples along "
-                "their first axes; one number is needed."
+                "their first axes; one number above 0 is needed."
             )
         yield gradient(params, batch)
 

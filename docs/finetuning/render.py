@@ -14,6 +14,7 @@ import numpy as np
 from curves import chosen_trials, frontier, kept_at, read
 from matplotlib.figure import Figure
 from methods import METHODS, OURS, trials
+from picture import drawn
 from plan import OLD_EXAMPLES, PLANS, TUNING_SEED
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
@@ -24,31 +25,20 @@ PAGE = FOLDER.parent / "finetuning.md"
 
 TEMPLATE = FOLDER / "page.template.md"
 
-COLOURS = {
-    "AdamW": "#D55E00",
-    "averaging": "#E69F00",
-    "EWC": "#009E73",
-    "LoRA": "#CC79A7",
-    "replay of 1 %": "#000000",
-    "CLASSP, filled": "#56B4E9",
-    "protect(AdamW), frozen": "#0072B2",
-}
-"""Okabe and Ito's, of the methods that are drawn in colour; the others are grey."""
-
-
 PAIRS = (
-    ("protect(AdamW), frozen", "AdamW"),
-    ("protect(AdamW), frozen", "EWC"),
-    ("protect(pull, AdamW)", "EWC"),
-    ("protect(EWC, AdamW)", "EWC"),
+    ("EWC, merged by importance", "EWC"),
+    ("EWC, merged by importance", "averaging"),
+    ("EWC, merged by importance", "EWC, averaged"),
+    ("EWC, merged by importance", "replay of 1 %"),
+    ("AdamW, merged by importance", "AdamW"),
+    ("AdamW, merged by importance", "averaging"),
     ("averaging", "AdamW"),
     ("averaging", "EWC"),
+    ("protect(AdamW), frozen", "AdamW"),
     ("protect(AdamW), averaged", "averaging"),
-    ("protect(AdamW), averaged", "EWC"),
-    ("EWC, averaged", "averaging"),
-    ("CLASSP, filled", "protect(AdamW), frozen"),
+    ("protect(EWC, AdamW)", "EWC"),
+    ("protect(pull, AdamW)", "L2 to the start"),
     ("CLASSP, filled", "CLASSP, empty"),
-    ("replay of 1 %", "protect(AdamW), averaged"),
 )
 """What is compared in words."""
 
@@ -171,8 +161,10 @@ def bars(problem: str, target: float) -> str:
         lost(problem, name, target) for name in (best, "AdamW", "LoRA")
     )
     to_half, to_lora = difference(ours, adamw / 2), difference(ours, lora)
+    if not (to_half.word and to_lora.word):
+        return f"The bars cannot be judged: not all seeds of `{best}` got there."
     share = 100 * ours.mean() / adamw.mean()
-    words = {"behind": "holds", "level": "is open", "ahead": "is missed", "": "is open"}
+    words = {"behind": "holds", "level": "is open", "ahead": "is missed"}
     return (
         f"`{best}` (chosen on validation data) loses {ours.mean():.1f} points where "
         f"AdamW loses {adamw.mean():.1f}: {share:.0f} %. *At most half of AdamW's "
@@ -191,8 +183,9 @@ def against(problem: str, target: float, method: str, reference: str) -> str:
         "ahead": "keeps more than",
         "level": "is level with",
         "behind": "keeps less than",
-        "": "cannot be compared with",
     }
+    if not found.word:
+        return f"cannot be compared with {reference}: not all seeds got there"
     return f"{words[found.word]} {reference} ({interval(found)} points)"
 
 
@@ -254,31 +247,14 @@ def runs(problem: str) -> int:
 
 def picture(problem: str) -> Figure:
     """All trials' frontier on validation data; the chosen ones on test data."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for method in methods(problem):
-        colour = COLOURS.get(method, "0.75")
-        order = 1 if colour == "0.75" else 2
-        style = "-" if method in COLOURS else "--"
-        points = np.array(
-            frontier([p[1:] for line in made(problem, method) for p in line["curve"]])
-        )
-        left.plot(points[:, 1], points[:, 0], style, color=colour, label=method,
-                  zorder=order)  # fmt: skip
-        for target in PLANS[problem].targets:
-            kept = of_seeds(problem, method, target)
-            if np.isfinite(kept).all():
-                right.plot(np.full(len(kept), target), kept, "o", mfc="none",
-                           color=colour, zorder=order)  # fmt: skip
-                right.plot(target, kept.mean(), "_", ms=22, mew=2, color=colour,
-                           zorder=order)  # fmt: skip
-    left.set(title=f"every setting, one seed, validation data ({problem})")
-    right.set(title="chosen settings at the compared abilities, test data, five seeds")
-    for axis in (left, right):
-        axis.set(xlabel="new ability", ylabel="old ability kept")
-        axis.grid(color="0.92")
-    left.legend(frameon=False, fontsize=7, loc="lower left")
-    return figure
+    target = PLANS[problem].targets[0]
+    frontiers = {
+        name: frontier([p[1:] for line in made(problem, name) for p in line["curve"]])
+        for name in METHODS
+        if len(made(problem, name)) == PLANS[problem].trials
+    }
+    kept = {name: of_seeds(problem, name, target) for name in methods(problem)}
+    return drawn(problem, frontiers, kept, target)
 
 
 def is_complete(problem: str, method: str) -> bool:
@@ -297,7 +273,7 @@ def is_complete(problem: str, method: str) -> bool:
 
 def has(problem: str) -> bool:
     """Whether what the others are compared with has been run."""
-    return {"AdamW", "LoRA", "EWC", "protect(AdamW), frozen"} <= {*methods(problem)}
+    return {"AdamW", "LoRA"} <= {*methods(problem)}
 
 
 def pairs(problem: str) -> list[tuple[str, str]]:
@@ -320,11 +296,13 @@ def first_look(problem: str) -> str:
         narrow = [line["curve"] for line in made(problem, method)]
         cells = []
         for curves in (wide, narrow):
-            complete = len(curves) >= plan.trials
+            # The best of some is a lower bound for all.
+            enough = len(curves) >= plan.trials / 2
+            few = f" (of {len(curves)})" if len(curves) < plan.trials else ""
             for target in plan.targets:
                 kept = [-np.inf, *(kept_at(curve, target) for curve in curves)]
-                best = np.nanmax(kept) if complete else -np.inf
-                cells.append(f"{best:.1f}" if best > -np.inf else "-")
+                best = np.nanmax(kept) if enough else -np.inf
+                cells.append(f"{best:.1f}{few}" if best > -np.inf else "-")
         if set(cells) != {"-"}:
             rows.append([f"**{method}**" if method in OURS else method, *cells])
     header = ["method"] + [
@@ -352,13 +330,17 @@ def cost(problem: str) -> str:
     """What is left to run, and how long it would take."""
     found = [line["seconds"] for line in lines(problem) if "curve" in line]
     plan = PLANS[problem]
-    count = len(METHODS) * (plan.trials + len(plan.seeds) * len(plan.targets))
+    tests = len(plan.seeds) * len(plan.targets)
     if not found:
-        return f"None of up to {count} runs was made."
-    hours = max(count - len(found), 0) * float(np.median(found)) / 3600
+        return f"None of up to {len(METHODS) * (plan.trials + tests)} runs was made."
+    left = sum(
+        plan.trials - len(made(problem, name)) + tests
+        for name in METHODS
+        if not is_complete(problem, name)
+    )
     return (
-        f"{len(found)} of up to {count} runs were made, of {np.median(found):.0f} s "
-        f"each (median, on shared cores): {hours:.1f} hours are left."
+        f"Up to {left} runs are left, of {np.median(found):.0f} s each (median of "
+        f"{len(found)}, on shared cores)."
     )
 
 

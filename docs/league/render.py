@@ -203,9 +203,22 @@ def between(method: str, other: str) -> str:
     )
 
 
-def remedies() -> list[str]:
-    """The remedies that were run on all streams of the table without tuning."""
-    return [m for m in REMEDIES if without_tuning.common(m, runs.wide())]
+def remedies() -> str:
+    """What the remedies reach on the streams they were run on, and what others do."""
+    items = []
+    for remedy in REMEDIES:
+        among = [s for s in runs.wide() if runs.has(s, remedy)]
+        if not among:
+            continue
+        texts = []
+        for method in (remedy, runs.named(), "protect-adam", "adam"):
+            best = without_tuning.trial_scores(method, among).max(axis=1)
+            _, scores = without_tuning.shared_setting(method, among)
+            own, shared = (", ".join(f"{x:.1f}" for x in n) for n in (best, scores))
+            texts.append(f"`{method}` {shared} (a setting each: {own})")
+        titles = ", ".join(runs.stored(s)["title"] for s in among)
+        items.append(f"- {titles}: {'; '.join(texts)}")
+    return "\n".join(items)
 
 
 def looked_closer() -> list[str]:

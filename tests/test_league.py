@@ -142,3 +142,14 @@ def test_measures_look_at_the_ends_of_the_last_ten_tasks(league):
     assert found["5 back"] == pytest.approx(0.005)
     assert found["recent"] == pytest.approx(0.025 / 3)
     assert set(study.measures(matrix[:13, :12].tolist())) == {"0 back", "recent"}
+
+
+def test_a_curve_joins_the_settings_that_no_other_beats(league):
+    points = {"sgd": [(0.9, 0.2), (0.5, 0.1), (0.7, 0.3)], "classp": [(0.8, 0.4)]}
+    (axes,) = league.frontier_picture(points, "newest task", "twenty back").axes
+    dots, curve, *_ = axes.get_lines()
+    np.testing.assert_allclose(sorted(dots.get_xdata()), [50, 70, 90])
+    np.testing.assert_allclose(curve.get_xydata(), [[70, 30], [90, 20]])
+    assert axes.get_xlabel() == "newest task (%)"
+    _, names = axes.get_legend_handles_labels()
+    assert names == ["sgd", "classp"]

@@ -139,6 +139,8 @@ def form(name: str) -> str:
 def missing(stream: str) -> str:
     """The methods that a stream has not been run with, for a sentence."""
     names = [f"`{m}`" for m in METHODS if not runs.has(stream, m)]
+    if len(names) > len(METHODS) / 2:
+        return "The other methods were not run on this stream."
     return f"Not run on this stream: {', '.join(names)}." if names else ""
 
 
@@ -201,28 +203,44 @@ def between(method: str, other: str) -> str:
     )
 
 
-def remedies() -> list[str]:
-    """The remedies that were run on all streams of the table without tuning."""
-    return [m for m in REMEDIES if without_tuning.common(m, runs.wide())]
+def remedies() -> str:
+    """What the remedies reach on the streams they were run on, and what others do."""
+    items = []
+    for remedy in REMEDIES:
+        among = [s for s in runs.wide() if runs.has(s, remedy)]
+        if not among:
+            continue
+        texts = []
+        for method in (remedy, runs.named(), "protect-adam", "adam"):
+            best = without_tuning.trial_scores(method, among).max(axis=1)
+            _, scores = without_tuning.shared_setting(method, among)
+            own, shared = (", ".join(f"{x:.1f}" for x in n) for n in (best, scores))
+            texts.append(f"`{method}` {shared} (a setting each: {own})")
+        titles = ", ".join(runs.stored(s)["title"] for s in among)
+        items.append(f"- {titles}: {'; '.join(texts)}")
+    return "\n".join(items)
 
 
-def frontiers() -> bool:
-    """Whether the long stream's trials were measured."""
-    return "many-digits" in runs.streams() and bool(frontier_points("many-digits"))
-
-
-def plastic() -> bool:
-    """Whether the long stream was run with settings that learn as SGD does."""
-    return "sgd" in runs.stored("many-digits").get("plastic", {})
+def looked_closer() -> list[str]:
+    """The methods that have trials from narrower ranges on the long stream."""
+    return list(runs.stored("many-digits").get("plastic", {}))
 
 
 def frontier_points(stream: str) -> dict[str, list[tuple[float, float]]]:
-    """Of each method's trials, accuracy on the newest task and on that 20 back."""
-    return {
-        name: [(m["0 back"], m["20 back"]) for m in found["measures"] if m]
+    """Of each method's trials, accuracy on the newest task and on that 20 back.
+
+    Those from narrower ranges are among them.
+    """
+    closer = runs.stored(stream).get("plastic", {})
+    measured = {
+        name: [*found.get("measures", []), *closer.get(name, {}).get("measures", [])]
         for name, found in runs.methods(stream).items()
-        if "measures" in found
     }
+    points = {
+        name: [(one["0 back"], one["20 back"]) for one in trials if "20 back" in one]
+        for name, trials in measured.items()
+    }
+    return {name: found for name, found in points.items() if found}
 
 
 def at_equal_plasticity(stream: str) -> str:

@@ -80,9 +80,8 @@ def test_moments_of_many_batches_far_from_zero_keep_their_digits():
     rng = np.random.default_rng(3)
     batches = 1000 + rng.normal(size=(300, 16, 4)).astype(np.float32)
     moments = Moments.none((4,))
-    moments, _ = jax.lax.scan(
-        lambda m, x: (m.after(x), None), moments, jnp.asarray(batches)
-    )
+    many = jnp.asarray(batches)
+    moments, _ = jax.lax.scan(lambda m, x: (m.after(x), None), moments, many)
     every = batches.reshape(-1, 4).astype(np.float64)
     np.testing.assert_allclose(moments.mean, every.mean(0), rtol=1e-6)
     wanted = (every[:8] - every.mean(0)) / every.std(0)

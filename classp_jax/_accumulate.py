@@ -19,6 +19,7 @@ from classp_jax._arrays import (
     working_dtype,
 )
 from classp_jax._hyperparams import (
+    ScalarOrSchedule,
     at_step,
     cast,
     float_dtype,
@@ -52,9 +53,9 @@ def scale_by_generalized_adagrad(
     eps: jax.typing.ArrayLike = 0.1,
     *,
     prior: jax.typing.ArrayLike = 0.0,
-    window: optax.ScalarOrSchedule | None = None,
+    window: ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    scaling: bool | optax.ScalarOrSchedule = True,
+    scaling: bool | ScalarOrSchedule = True,
     include_current: bool = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -296,9 +297,9 @@ def masked_scaling(
     accept: Callable[[jax.Array, jax.Array], Any],
     rule: Accumulation,
     *,
-    scaling: bool | optax.ScalarOrSchedule,
+    scaling: bool | ScalarOrSchedule,
     include_current: bool = True,
-    learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of the gradients for which ``accept(g, count)`` is true; 0 for others.
 

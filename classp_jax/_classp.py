@@ -6,20 +6,20 @@ import jax
 import optax
 
 from classp_jax._accumulate import Accumulation, masked_scaling
-from classp_jax._hyperparams import at_step, non_negative
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 from classp_jax._masks import passes
 
 
 def classp(
-    learning_rate: optax.ScalarOrSchedule,
-    threshold: optax.ScalarOrSchedule = 0.0,
+    learning_rate: ScalarOrSchedule,
+    threshold: ScalarOrSchedule = 0.0,
     power: jax.typing.ArrayLike = 1.0,
     eps: jax.typing.ArrayLike = 0.1,
     *,
     prior: jax.typing.ArrayLike = 0.0,
-    window: optax.ScalarOrSchedule | None = None,
+    window: ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    scaling: bool | optax.ScalarOrSchedule = True,
+    scaling: bool | ScalarOrSchedule = True,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CLASSP: a weight moves only on large gradients, and less the more it has moved.

@@ -18,7 +18,7 @@ from classp_jax._arrays import (
     whole_sum,
     working_dtype,
 )
-from classp_jax._hyperparams import at_step, checked, positive
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, checked, positive
 
 
 class MaskToDensityState(NamedTuple):
@@ -39,7 +39,7 @@ _POWER = 8
 
 
 def mask_to_density(
-    density: optax.ScalarOrSchedule,
+    density: ScalarOrSchedule,
     *,
     per_leaf: bool = True,
     rate: jax.typing.ArrayLike = 0.1,

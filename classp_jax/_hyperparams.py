@@ -10,13 +10,15 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+# Optax's own type of a schedule refuses ``lambda step: step > 100``.
+ScalarOrSchedule: TypeAlias = jax.typing.ArrayLike | Callable[[Any], Any]
 _REAL = (jnp.integer, jnp.floating, jnp.bool_)
 
 

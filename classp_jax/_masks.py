@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from classp_jax._arrays import kept, magnitude, transform, working_dtype
-from classp_jax._hyperparams import at_step, non_negative
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 
 
 class MaskByThresholdState(NamedTuple):
@@ -57,7 +57,7 @@ def _cutoff(threshold: Any, dtype: Any) -> Any:
 
 
 def mask_by_threshold(
-    threshold: optax.ScalarOrSchedule,
+    threshold: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a gradient where its square is above a threshold, else makes it 0.
 

@@ -14,7 +14,7 @@ from classp_jax._accumulate import (
     scaled,
 )
 from classp_jax._arrays import transform, working_dtype
-from classp_jax._hyperparams import at_step, positive, switch
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, positive, switch
 
 
 class ProtectState(NamedTuple):
@@ -32,9 +32,9 @@ def protect(
     eps: jax.typing.ArrayLike = 0.1,
     *,
     prior: jax.typing.ArrayLike = 0.0,
-    window: optax.ScalarOrSchedule | None = None,
+    window: ScalarOrSchedule | None = None,
     eps_unit: str | None = None,
-    frozen: bool | optax.ScalarOrSchedule = False,
+    frozen: bool | ScalarOrSchedule = False,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brakes any optimizer where weights have received many gradients.

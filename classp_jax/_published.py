@@ -8,16 +8,22 @@ import optax
 
 from classp_jax._accumulate import Accumulation, masked_scaling
 from classp_jax._arrays import magnitude
-from classp_jax._hyperparams import at_step, cast, checked, non_negative
+from classp_jax._hyperparams import (
+    ScalarOrSchedule,
+    at_step,
+    cast,
+    checked,
+    non_negative,
+)
 
 
 def classp_published(
-    learning_rate: optax.ScalarOrSchedule = 0.2,
-    threshold: optax.ScalarOrSchedule = 0.5,
+    learning_rate: ScalarOrSchedule = 0.2,
+    threshold: ScalarOrSchedule = 0.5,
     power: jax.typing.ArrayLike = 1.0,
     eps: jax.typing.ArrayLike = 1e-5,
     *,
-    scaling: bool | optax.ScalarOrSchedule = True,
+    scaling: bool | ScalarOrSchedule = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""What the PyTorch class published with the CLASSP paper computes.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, non_negative
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 from classp_jax.regularizers._penalty import matched, pulled, required, wide_zeros
 
 
@@ -46,7 +46,7 @@ class EWCState(NamedTuple):
         )
 
 
-def ewc(strength: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def ewc(strength: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Elastic weight consolidation with one Fisher diagonal and anchor a task.
 
     Adds to the gradient that of the penalty
@@ -112,7 +112,7 @@ def ewc(strength: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraAr
 
 
 def acting_on_anchor(
-    name: str, act: Callable[..., optax.Updates], strength: optax.ScalarOrSchedule
+    name: str, act: Callable[..., optax.Updates], strength: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     """``act(updates, params, fisher, anchor, strength)``, with EWC's state."""
     strength = non_negative("strength", strength, schedule=True)

@@ -7,12 +7,12 @@ import numpy as np
 import optax
 
 from classp_jax._arrays import working_dtype
-from classp_jax._hyperparams import cast
+from classp_jax._hyperparams import ScalarOrSchedule, cast
 from classp_jax.regularizers._ewc import acting_on_anchor
 
 
 def implicit_ewc(
-    strength: optax.ScalarOrSchedule,
+    strength: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EWC's penalty as an implicit step behind the optimizer, stable at any strength.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, non_negative
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative
 from classp_jax.regularizers._penalty import (
     copied,
     matched,
@@ -27,7 +27,7 @@ class L2ToAnchorState(NamedTuple):
 
 
 def l2_to_anchor(
-    strength: optax.ScalarOrSchedule, anchor: optax.Params | None = None
+    strength: ScalarOrSchedule, anchor: optax.Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds a pull to given weights, by default to the initial ones, to the updates.
 

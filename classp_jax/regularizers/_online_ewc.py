@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, checked, non_negative
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, checked, non_negative
 from classp_jax.regularizers._penalty import (
     copied,
     hyperparameter_array,
@@ -48,7 +48,7 @@ class OnlineEWCState(NamedTuple):
 
 
 def online_ewc(
-    strength: optax.ScalarOrSchedule, decay: jax.typing.ArrayLike = 1.0
+    strength: ScalarOrSchedule, decay: jax.typing.ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Elastic weight consolidation with one running Fisher diagonal, the last anchor.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, non_negative, positive
+from classp_jax._hyperparams import ScalarOrSchedule, at_step, non_negative, positive
 from classp_jax.regularizers._penalty import (
     copied,
     hyperparameter_array,
@@ -74,7 +74,7 @@ class SIState(NamedTuple):
 
 
 def si(
-    strength: optax.ScalarOrSchedule, damping: jax.typing.ArrayLike = 0.1
+    strength: ScalarOrSchedule, damping: jax.typing.ArrayLike = 0.1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synaptic intelligence: a weight counts by how much its moves lowered the loss.
 

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, cast, positive, window_length
+from classp_jax._hyperparams import (
+    ScalarOrSchedule,
+    at_step,
+    cast,
+    positive,
+    window_length,
+)
 from classp_jax.regularizers._penalty import matched, required, wide_zeros
 from classp_jax.rivals._noise import noise_like
 
@@ -26,7 +32,7 @@ def bayesian_gradient_descent(
     evidence: jax.typing.ArrayLike,
     deviation: jax.typing.ArrayLike = 0.05,
     *,
-    window: optax.ScalarOrSchedule | None = None,
+    window: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Every weight is a normal distribution that each batch makes narrower.
 

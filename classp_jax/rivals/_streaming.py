@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, checked, non_negative, one_of
+from classp_jax._hyperparams import (
+    ScalarOrSchedule,
+    at_step,
+    checked,
+    non_negative,
+    one_of,
+)
 from classp_jax.regularizers._penalty import (
     copied,
     matched,
@@ -31,7 +37,7 @@ class StreamingState(NamedTuple):
 
 
 def streaming_importance(
-    strength: optax.ScalarOrSchedule,
+    strength: ScalarOrSchedule,
     importance_decay: jax.typing.ArrayLike = 0.999,
     anchor_decay: jax.typing.ArrayLike = 0.999,
     *,

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from classp_jax._arrays import float_arrays, require_state
-from classp_jax._hyperparams import at_step, cast, checked, non_negative
+from classp_jax._hyperparams import (
+    ScalarOrSchedule,
+    at_step,
+    cast,
+    checked,
+    non_negative,
+)
 from classp_jax.regularizers._penalty import matched, required, wide_zeros
 from classp_jax.rivals._noise import noise_like
 
@@ -22,7 +28,7 @@ class UPGDState(NamedTuple):
 
 
 def upgd(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
     utility_decay: jax.typing.ArrayLike = 0.999,
     deviation: jax.typing.ArrayLike = 1e-3,
     weight_decay: jax.typing.ArrayLike = 0.0,

@@ -65,10 +65,10 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 
 def work() -> Iterator[tuple[str, str, str, str]]:
     """What is to be compiled, the quick ones first: part, model, slice, optimizer."""
-    updates = [("update", *place) for place in itertools.product(MODELS, SLICES)]
-    steps = [("step", *place) for place in STEPS]
-    for part, model, slice_ in (*updates, *steps):
-        yield from ((part, model, slice_, name) for name in optimizers())
+    for model, slice_ in itertools.product(MODELS, SLICES):
+        yield from (("update", model, slice_, name) for name in optimizers())
+    for model, slice_ in STEPS:
+        yield from (("step", model, slice_, name) for name in optimizers())
 
 
 def compiled(part: str, model: str, slice_: str, name: str) -> Any:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+# Optax's own type of a schedule refuses ``lambda step: step > 100``.
 ScalarOrSchedule: TypeAlias = jax.typing.ArrayLike | Callable[[Any], Any]
 _REAL = (jnp.integer, jnp.floating, jnp.bool_)
 

@@ -30,6 +30,7 @@ EPS = np.asarray([0.0, 1e-30, 1e-5, 0.1, 100.0, 1e-38, 3e38], np.float32)
 USUAL_EPS = EPS[:-2].tolist()
 STEPS = 3
 FLOAT32 = np.finfo(np.float32)
+LARGEST = float(FLOAT32.max)
 
 
 def bits(low: Any, high: Any) -> st.SearchStrategy[int]:
@@ -50,8 +51,8 @@ def gradients(shape: Any, low: Any = 1e-30, high: Any = 1e15):
 def sample(low: float, high: float, size: int) -> np.ndarray:
     """Many such, and always the same: [steps, size]."""
     rng = np.random.default_rng(6)
-    first, last = (int(np.float32(x).view(np.uint32)) for x in (low, high))
-    patterns = rng.integers(first, last, (STEPS, size), dtype=np.uint32, endpoint=True)
+    least, most = (int(np.float32(x).view(np.uint32)) for x in (low, high))
+    patterns = rng.integers(least, most + 1, (STEPS, size), dtype=np.uint32)
     patterns |= rng.integers(2, size=patterns.shape, dtype=np.uint32) << np.uint32(31)
     patterns[rng.random(patterns.shape) < 0.1] = 0
     return patterns.view(np.float32)
@@ -538,7 +539,7 @@ def test_a_sum_that_overflows_stops_the_weight():
 @pytest.mark.parametrize("include_current", [True, False])
 @pytest.mark.parametrize("power", [0.1, *OWN_FORM, *GENERAL_FORM, 100.0])
 def test_finite_gradients_never_give_nan(power, include_current):
-    g = sample(1e-45, float(FLOAT32.max), MANY)
+    g = sample(1e-45, LARGEST, MANY)
     found = run_each_eps(g, power, include_current)
     assert not any(np.isnan(x).any() for x in found)
     if include_current:
@@ -548,7 +549,7 @@ def test_finite_gradients_never_give_nan(power, include_current):
 
 @pytest.mark.parametrize("include_current", [True, False])
 def test_finite_gradients_never_give_nan_with_a_traced_power(include_current):
-    g = sample(1e-45, float(FLOAT32.max), 100)
+    g = sample(1e-45, LARGEST, 100)
     powers = np.geomspace(0.125, 100, len(POWERS), dtype=np.float32)
     found = run_each_power(g, powers, include_current)
     assert not any(np.isnan(x).any() for x in found)

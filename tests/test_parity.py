@@ -273,7 +273,6 @@ def losses(
 
 NETWORKS = [
     (classp_jax.classp, Classp, {"power": 1, "eps": 0.1}, "float32"),
-    (classp_jax.classp, Classp, {"power": 1, "eps": 0.1}, "float64"),
     (
         classp_jax.classp,
         Classp,

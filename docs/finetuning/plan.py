@@ -17,7 +17,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "fashion": Plan((70.0,), 5.0),
+    "fashion": Plan((65.0, 70.0), 5.0),
     "digits": Plan((90.0, 95.0), 1.0),
     "language": Plan((-500.0,), 5.0, trials=4, seeds=(0, 1, 2)),
     "language-3m": Plan((-450.0,), 5.0),

@@ -98,22 +98,26 @@ def spread(numbers: np.ndarray) -> str:
     """Mean and sample standard deviation, or how many seeds reached the target."""
     known = numbers[np.isfinite(numbers)]
     if len(known) < len(numbers):
-        return f"reached by {len(known)} of {len(numbers)} seeds"
+        return f"reached by {len(known)} of {len(numbers)} seeds" + (
+            f", these {known.mean():.1f}" if len(known) > 1 else ""
+        )
     return f"{known.mean():.1f} ± {known.std(ddof=1):.1f}"
 
 
 def difference(values: np.ndarray, reference: np.ndarray) -> Difference:
-    """Paired over the seeds; without an interval unless all seeds have both."""
-    if not np.isfinite([values, reference]).all():
+    """Paired over the seeds that have both; no interval for fewer than three."""
+    both = np.isfinite(values) & np.isfinite(reference)
+    if both.sum() < 3:
         return Difference(np.nan, np.nan, np.nan, 0)
-    return paired_difference(values.tolist(), reference.tolist())
+    return paired_difference(values[both].tolist(), reference[both].tolist())
 
 
 def interval(found: Difference) -> str:
     """A difference with its 95 % interval; a dash where there is none."""
     if not found.word:
         return "-"
-    return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    few = f", {found.seeds} seeds" if found.seeds < 5 else ""
+    return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f}{few})"
 
 
 def kept_table(problem: str, target: float) -> str:
@@ -162,15 +166,21 @@ def bars(problem: str, target: float) -> str:
     )
     to_half, to_lora = difference(ours, adamw / 2), difference(ours, lora)
     if not (to_half.word and to_lora.word):
-        return f"The bars cannot be judged: not all seeds of `{best}` got there."
+        return f"The bars cannot be judged: too few seeds of `{best}` got there."
+    there = np.isfinite(ours) & np.isfinite(adamw)
+    all_ours = np.isfinite(ours).all()
+    ours, adamw = ours[there], adamw[there]
     share = 100 * ours.mean() / adamw.mean()
+    whole = "" if there.all() else f" These are the {there.sum()} seeds with both."
+    if not all_ours:
+        whole += " With ours one seed or more did not get there: **missed** with those."
     words = {"behind": "holds", "level": "is open", "ahead": "is missed"}
     return (
         f"`{best}` (chosen on validation data) loses {ours.mean():.1f} points where "
         f"AdamW loses {adamw.mean():.1f}: {share:.0f} %. *At most half of AdamW's "
         f"loss* {words[to_half.word]}: its loss minus half of AdamW's is "
         f"{interval(to_half)}. *Less than LoRA* {words[to_lora.word]}: its loss minus "
-        f"LoRA's is {interval(to_lora)}."
+        f"LoRA's is {interval(to_lora)}.{whole}"
     )
 
 
@@ -187,16 +197,6 @@ def against(problem: str, target: float, method: str, reference: str) -> str:
     if not found.word:
         return f"cannot be compared with {reference}: not all seeds got there"
     return f"{words[found.word]} {reference} ({interval(found)} points)"
-
-
-def chosen(problem: str, target: float) -> str:
-    """The settings that every method ran with."""
-    rows = ["| method | settings |", "| --- | --- |"]
-    for method in methods(problem):
-        found = chosen_trials(lines(problem), method, PLANS[problem]).get(target)
-        text = ", ".join(f"{name} {value:.3g}" for name, value in (found or {}).items())
-        rows.append(f"| {method} | {text or 'none reached the target'} |")
-    return "\n".join(rows)
 
 
 def sources(problem: str, target: float) -> str:

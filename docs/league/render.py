@@ -236,7 +236,7 @@ def after_many_tasks(method: str, other: str) -> str:
 
 
 def newest_in_trial(method: str) -> str:
-    """The newest task's accuracy after 60 tasks, in the trial that a method ran with."""
+    """The newest task after 60 tasks, in the trial whose settings a method ran with."""
     found = runs.methods("many-digits")[method]
     return f"{100 * found['measures'][int(np.argmax(found['scores']))]['0 back']:.1f}"
 

@@ -61,7 +61,9 @@ def scale_by_generalized_adagrad(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by the p-th root of the sum of their p-th powers so far.
 
-    A weight that has received many gradients moves less and less:
+    A weight that has received many gradients moves less and less. ``power`` :math:`p`
+    is how fast it slows down, ``eps`` :math:`\varepsilon` how much gradient it takes
+    until it does:
 
     .. math::
       A_t &= A_{t-1} + |g_t|^p, \qquad A_0 = 0 \\

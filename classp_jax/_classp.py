@@ -24,8 +24,11 @@ def classp(
 ) -> optax.GradientTransformationExtraArgs:
     r"""CLASSP: a weight moves only on large gradients, and less the more it has moved.
 
-    For every weight, with gradient :math:`g_t`, accumulator :math:`A_0 = 0` and
-    learning rate :math:`\alpha`:
+    ``learning_rate`` :math:`\alpha` is how far a weight moves, ``threshold``
+    :math:`\tau` how large its squared gradient has to be for that, ``power`` :math:`p`
+    how fast it slows down, and ``eps`` :math:`\varepsilon` how much gradient it takes
+    until it does. For every weight, with gradient :math:`g_t` and accumulator
+    :math:`A_0 = 0`:
 
     .. math::
       |g_t|^2 > \tau: \qquad

@@ -39,8 +39,11 @@ def protect(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brakes any optimizer where weights have received many gradients.
 
-    The update :math:`u_t` that ``inner`` makes, momentum, weight decay, learning rate
-    and all, is multiplied by a number in (0, 1]:
+    ``inner`` is the optimizer that you would use without it. The update :math:`u_t`
+    that it makes, momentum, weight decay, learning rate and all, is multiplied by a
+    number in (0, 1]; ``eps`` :math:`\varepsilon` is the accumulated gradient at which
+    that becomes a half (at ``power=1``), ``power`` :math:`p` how fast it falls from
+    there:
 
     .. math::
       A_t = A_{t-1} + |g_t|^p, \qquad

@@ -7,7 +7,7 @@ Run ``python docs/league/render.py`` (extra ``dev``). No number of the page is t
 
 import jinja2
 import numpy as np
-import runs
+import stored_runs as runs
 import without_tuning
 from claims import few_seeds
 from study import FORMS, METHODS, PROTOCOLS, REMEDIES

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-import runs
+import stored_runs as runs
 from study import BOUNDARY, BOUNDARY_FREE, FORMS
 
 

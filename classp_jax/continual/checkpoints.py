@@ -266,14 +266,16 @@ _pending: dict[pathlib.Path, _Saving] = {}
 
 @functools.cache
 def _writer() -> ThreadPoolExecutor:
-    _quiet_about_closed_loops()
+    _quiet_about_other_arrays()
     return ThreadPoolExecutor(1, "checkpoints")
 
 
-def _quiet_about_closed_loops() -> None:
+def _quiet_about_other_arrays() -> None:
     """When one array cannot be written, Orbax is gone before the others are.
 
-    They try to tell its event loop, which is closed, and print a traceback each.
+    They try to tell its event loop, which may be closed, or raise what nobody waits
+    for, and a traceback each is printed; the first one's error is the one that is
+    raised.
     """
     before = sys.unraisablehook
 
@@ -281,7 +283,13 @@ def _quiet_about_closed_loops() -> None:
         if fault.object is not None or str(fault.exc_value) != "Event loop is closed":
             before(fault)
 
+    def not_orbax(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        ours = any(name in text for name in ("orbax", "OCDBT", "zarr"))
+        return not (ours and "exception was never retrieved" in text)
+
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(not_orbax)
 
 
 @functools.cache

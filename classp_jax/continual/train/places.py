@@ -98,15 +98,32 @@ class Place:
 
     def put(self, tree: Any) -> Any:
         """The tree on the devices; what is there already stays as it is."""
+        if not self.is_shared and self.is_here:
+            return self._put_whole(tree)
         return jax.tree.map(_put, tree, self.shardings(tree))
+
+    def _put_whole(self, tree: Any) -> Any:
+        """On one device: all that is not there yet at once, which costs far less."""
+        leaves, structure = jax.tree.flatten(tree)
+        away = [k for k, leaf in enumerate(leaves) if not _lies(leaf, self.whole)]
+        moved = jax.device_put([leaves[k] for k in away], self.whole)
+        for k, leaf in zip(away, moved, strict=True):
+            leaves[k] = leaf
+        return structure.unflatten(leaves)
 
     def everywhere(self, tree: Any) -> Any:
         """The tree, whole on each of the devices."""
         return jax.tree.map(lambda leaf: _put(leaf, self.whole), tree)
 
 
+def _lies(leaf: Any, sharding: Sharding) -> bool:
+    return (
+        isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding
+    )
+
+
 def _put(leaf: Any, sharding: Sharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
+    if _lies(leaf, sharding):
         return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)

@@ -84,7 +84,7 @@ class Track:
         if self.plan.feeds:
             self.feed = feed(self.experiment, self.plan, task, self.place)
             return self.feed
-        return schedule(self.experiment, self.plan, task)
+        return self.place.put(schedule(self.experiment, self.plan, task))
 
     def stop(self, task: int, point: int) -> int:
         """The step of the task at which a point lies."""
@@ -286,6 +286,7 @@ def start_tracks(
                 params = jax.tree.map(lambda w: jnp.array(w, copy=True), params)
                 if copy:
                     params = _moved(params, plan.seed, copy)
+                data, numbers = place.put((data, numbers))
                 (state,) = executables.init([(data, numbers, params, keys)])
                 tasks = len(plan.steps)
                 track = Track(

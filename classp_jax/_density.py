@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +153,7 @@ def _masked(
     )
     d = jnp.clip(jnp.asarray(density, jnp.float32), 0, 1)
     if not per_leaf and jax.tree.leaves(levels):
-        mean = jnp.mean(jnp.stack(jax.tree.leaves(levels)))
+        mean = _total(jax.tree.leaves(levels)) / len(jax.tree.leaves(levels))
         levels = jax.tree.map(lambda _: mean, levels)
     roots = jax.tree.map(lambda g: jnp.sqrt(magnitude(g)), fixed)
     roots = _means(roots, levels, per_leaf)
@@ -195,6 +196,17 @@ def _exceeds_multiple(
     return ~((wide <= threshold) & (wide >= -threshold))
 
 
+def _total(scalars: Sequence[jax.Array]) -> jax.Array:
+    """The sum of one scalar for each leaf.
+
+    Behind a barrier, as XLA would make a chain of additions of it and put the whole
+    chain into each leaf's kernel, which takes minutes to compile with many leaves.
+    """
+    widest = np.result_type(*scalars)
+    stacked = jnp.stack([scalar.astype(widest) for scalar in scalars])
+    return jnp.sum(jax.lax.optimization_barrier(stacked))
+
+
 def _means(tree: Any, levels: Any, per_leaf: bool) -> Any:
     """For each leaf its mean, or for each that of all."""
     sums, sizes = [], []
@@ -203,8 +215,7 @@ def _means(tree: Any, levels: Any, per_leaf: bool) -> Any:
         sums.append(whole_sum(x, level, dtype))
         sizes.append(whole_size(x, level))
     if not per_leaf and sums:
-        widest = np.result_type(*sums)
-        sums = [sum(total.astype(widest) for total in sums)] * len(sums)
+        sums = [_total(sums)] * len(sums)
         sizes = [sum(sizes)] * len(sizes)
     means = [total / max(size, 1) for total, size in zip(sums, sizes, strict=True)]
     return jax.tree.structure(tree).unflatten(means)

@@ -453,6 +453,17 @@ def test_derivatives_are_those_of_the_mask(per_leaf):
 # Where it is used.
 
 
+@pytest.mark.parametrize("per_leaf", [True, False])
+def test_the_compiled_module_grows_no_faster_than_the_leaves(per_leaf):
+    def lines(leaves):
+        tx = classp_jax.mask_to_density(0.1, per_leaf=per_leaf)
+        gradients = {f"{k}": jnp.ones(8) for k in range(leaves)}
+        step = jax.jit(tx.update).lower(gradients, tx.init(gradients))
+        return len(step.compile().as_text().splitlines())
+
+    assert lines(32) < 2.5 * lines(16)
+
+
 def test_an_eager_call_compiles_nothing_the_second_time():
     g = {str(n): jnp.arange(1.0, n + 2) for n in range(4)}
     tx: Any = classp_jax.mask_to_density(0.1)

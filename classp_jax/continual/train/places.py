@@ -117,9 +117,7 @@ class Place:
 
 
 def _lies(leaf: Any, sharding: Sharding) -> bool:
-    return (
-        isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding
-    )
+    return isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding
 
 
 def _put(leaf: Any, sharding: Sharding) -> jax.Array:

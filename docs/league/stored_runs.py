@@ -1,7 +1,6 @@
 """The stored results of the league: numbers of runs, and how they are written."""
 
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,16 +8,15 @@ from typing import Any
 
 import numpy as np
 from study import FORMS, METHODS, PROTOCOLS, REMEDIES
+from study import stored as read
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
 
 FOLDER = pathlib.Path(__file__).parent
 
 
-@functools.cache
-def stored(stream: str) -> dict[str, Any]:
-    """What a stream's file holds."""
-    return json.loads((FOLDER / f"{stream}.json").read_text("utf-8"))
+stored = functools.cache(read)
+"""What a stream's file holds; read once."""
 
 
 def streams() -> list[str]:

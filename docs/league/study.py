@@ -5,8 +5,9 @@ Run ``python docs/league/study.py STREAM [METHOD ...] [--data-dir DIR]`` (extras
 data and on a seed that is not reported, then the reported seeds on test data with its
 best trial. A method's trials have the same settings on every stream, so that the table
 without tuning can be made of them. All of it is stored in the folder
-``docs/league/STREAM``, and the same command goes on from there; what the page needs of
-it is then written to ``docs/league/STREAM.json``.
+``docs/league/STREAM``, and what the page needs of it is then added to
+``docs/league/STREAM.json``. The same command goes on from both; to run a method anew,
+remove it from there.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from thresholds import THRESHOLDS
 
 from classp_jax import continual
 from classp_jax.continual.tuning import Trial
@@ -89,6 +91,13 @@ PROTOCOLS = {
     "split-digits-domain": Protocol(
         "Split digits, domain-incremental",
         lambda _: continual.split("digits", scenario="domain-incremental"),
+        {"hidden": (128, 128)},
+        {"epochs": 5, "batch_size": 32},
+        seconds=0.2,
+    ),
+    "rotated-digits": Protocol(
+        "Rotated digits, 10 tasks",
+        lambda _: continual.rotated("digits", tasks=10),
         {"hidden": (128, 128)},
         {"epochs": 5, "batch_size": 32},
         seconds=0.2,
@@ -236,6 +245,11 @@ drawn up when the trials of ``sgd`` and ``classp-window`` from the wide ones wer
 known, of which one in three and one in twenty did."""
 
 
+def named(name: str) -> continual.Method:
+    """A method by its name, the library's or one with a threshold."""
+    return THRESHOLDS[name] if name in THRESHOLDS else continual.method(name)
+
+
 def ranges(name: str) -> dict[str, tuple[float, float]]:
     """What a method's trials draw from in place of its own ranges.
 
@@ -244,13 +258,13 @@ def ranges(name: str) -> dict[str, tuple[float, float]]:
     """
     small = name.split("+")[-1] in SMALL_STEPS
     found = {"learning_rate": (1e-5, 0.1) if small else (1e-4, 1.0)}
-    known = continual.method(name).settings
+    known = named(name).settings
     return {key: value for key, value in found.items() if key in known}
 
 
 def fixed(name: str) -> dict[str, float]:
     """A method's settings that are not tuned."""
-    known = continual.method(name).settings
+    known = named(name).settings
     values = {"power": 1.0, "threshold": 0.0}
     return {key: value for key, value in values.items() if key in known}
 
@@ -300,7 +314,10 @@ def study(
     protocol = PROTOCOLS[name]
     stream = protocol.make(data_dir)
     smaller = protocol.tuning(data_dir) if protocol.tuning else stream
+    there = stored(name)["methods"] if folder is None else {}
     for method in methods:
+        if method in there:
+            continue
         network, training = protocol.network, protocol.training
         place, inner = folder or FOLDER / name, method
         for option, (of_network, of_training) in OPTIONS.items():
@@ -317,7 +334,7 @@ def study(
         tuned = continual.tune(
             smaller,
             "mlp",
-            {method: inner},
+            {method: named(inner)},
             trials=protocol.trials,
             # All at once: no trial depends on how another one did on this stream.
             together=protocol.trials,
@@ -335,7 +352,7 @@ def study(
         continual.run(
             stream,
             "mlp",
-            {method: inner},
+            {method: named(inner)},
             seeds=range(protocol.seeds),
             settings={method: best.settings},
             model_options=network,
@@ -421,15 +438,21 @@ def back(matrix: Sequence[Sequence[float]], tasks: int) -> float:
     return float(np.mean([matrix[k][k - 1 - tasks] for k in ends]))
 
 
+def stored(name: str) -> dict[str, Any]:
+    """What is known of a stream: its methods' numbers, and those of a closer look."""
+    file = FOLDER / f"{name}.json"
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return {"methods": {}, "plastic": {}} | known
+
+
 def collect(name: str) -> None:
-    """Writes what the page needs of a stream's results: a few numbers a run.
+    """Adds what the page needs of a stream's results: a few numbers a run.
 
     They lie in the stream's folder and in those below it, each with its own trials.
     """
     protocol = PROTOCOLS[name]
-    found: dict[str, Any] = {"title": protocol.title}
-    methods: dict[str, Any] = {}
-    plastic: dict[str, Any] = {}
+    found: dict[str, Any] = {"title": protocol.title} | stored(name)
+    methods, plastic = found.pop("methods"), found.pop("plastic")
     found_files = (FOLDER / name).rglob("results.json")
     for path in sorted(found_files, key=lambda path: (len(path.parts), path)):
         folder = path.parent
@@ -439,8 +462,8 @@ def collect(name: str) -> None:
             runs = [run for run in results.runs if run.method == method]
             if len(runs) < protocol.seeds:
                 continue
-            stored = json.loads((folder / "trials.json").read_text("utf-8"))
-            trials = [Trial(**t) for t in stored["trials"][method]]
+            tuned = json.loads((folder / "trials.json").read_text("utf-8"))
+            trials = [Trial(**t) for t in tuned["trials"][method]]
             if "plastic" in folder.relative_to(FOLDER / name).parts:
                 plastic[method] = _numbers(runs) | {
                     "measures": [trial.measures for trial in trials]

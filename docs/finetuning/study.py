@@ -31,12 +31,14 @@ import classp_jax
 from classp_jax import finetune, regularizers
 
 FOLDER = pathlib.Path(__file__).parent
+MERGED = {method.trained_as for method in METHODS.values()}
+"""Methods whose trained weights others merge."""
 OLD_SIZES = (10, 100, 10_000)
 
 
 def problem_of(name: str, data_dir: pathlib.Path, cache: pathlib.Path) -> Problem:
     """A problem by its name."""
-    make = language if name.startswith("language") else images
+    make = language if name == "language" else images
     return make(name, data_dir, cache)
 
 
@@ -257,8 +259,9 @@ def run(
             last = stop
             if not method.merge:
                 curve.append(point(stop, weights(trainable, numbers, knowledge)))
-    if method.merge:
+    if method.merge or method_name in MERGED:
         np.savez(file, *map(np.asarray, jax.tree.leaves(trainable)))
+    if method.merge:
         merge = jax.jit(method.merge)
         for share in np.linspace(0, 1, len(problem.checkpoints) + 1)[1:]:
             mixed = merge(numbers, knowledge, trainable, jnp.float32(share))

@@ -43,13 +43,14 @@ def drawn(
     right.set_yticks(range(len(by_mean)), by_mean)
     for label in right.get_yticklabels():
         label.set_color(COLOURS.get(label.get_text(), "0.45"))
+    unit = " %" if target > 0 else ""  # else hundredths of a nat a word
     left.set(
         title=f"every setting, one seed, validation data ({problem})",
         xlabel="new ability",
         ylabel="old ability kept",
     )
     right.set(
-        title=f"chosen settings at {target:.0f} % new ability, test data",
+        title=f"chosen settings at {target:.0f}{unit} new ability, test data",
         xlabel="old ability kept",
     )
     for axis in (left, right):

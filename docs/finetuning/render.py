@@ -89,6 +89,12 @@ def at_start(problem: str) -> np.ndarray:
     return np.array([found.get(seed, np.nan) for seed in PLANS[problem].seeds])
 
 
+def new_at_start(problem: str) -> float:
+    """The new ability before fine-tuning, the mean over the seeds."""
+    found = [line["curve"][0][2] for line in trained(problem, "test")]
+    return float(np.mean(found))
+
+
 def lost(problem: str, method: str, target: float) -> np.ndarray:
     """What is lost of the old ability at a target, a number a seed."""
     return at_start(problem) - of_seeds(problem, method, target)
@@ -287,61 +293,10 @@ def missing(problem: str) -> str:
     return ", ".join(f"`{name}`" for name in METHODS if name not in found)
 
 
-def first_look(problem: str) -> str:
-    """The best of the trials in wide ranges: one seed, validation data."""
-    plan, rows = PLANS[problem], []
-    stored = [line for line in lines(f"{problem}-first-look") if "curve" in line]
-    for method in METHODS:
-        wide = [line["curve"] for line in stored if line["method"] == method]
-        narrow = [line["curve"] for line in made(problem, method)]
-        cells = []
-        for curves in (wide, narrow):
-            # The best of some is a lower bound for all.
-            enough = len(curves) >= plan.trials / 2
-            few = f" (of {len(curves)})" if len(curves) < plan.trials else ""
-            for target in plan.targets:
-                kept = [-np.inf, *(kept_at(curve, target) for curve in curves)]
-                best = np.nanmax(kept) if enough else -np.inf
-                cells.append(f"{best:.1f}{few}" if best > -np.inf else "-")
-        if set(cells) != {"-"}:
-            rows.append([f"**{method}**" if method in OURS else method, *cells])
-    header = ["method"] + [
-        f"at {target:.0f} %, {ranges}"
-        for ranges in ("wide ranges", "narrow")
-        for target in plan.targets
-    ]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def first_start(problem: str) -> str:
-    """The old accuracy of the first look's network on validation data."""
-    stored = [line for line in lines(f"{problem}-first-look") if "curve" in line]
-    return f"{stored[0]['curve'][0][1]:.1f} %"
-
-
 def has_sources(problem: str) -> bool:
     """Whether other sources of importance were run with all seeds."""
     found = {line["seed"] for line in lines(problem) if "importance" in line}
     return found == {*PLANS[problem].seeds}
-
-
-def cost(problem: str) -> str:
-    """What is left to run, and how long it would take."""
-    found = [line["seconds"] for line in lines(problem) if "curve" in line]
-    plan = PLANS[problem]
-    tests = len(plan.seeds) * len(plan.targets)
-    if not found:
-        return f"None of up to {len(METHODS) * (plan.trials + tests)} runs was made."
-    left = sum(
-        plan.trials - len(made(problem, name)) + tests
-        for name in METHODS
-        if not is_complete(problem, name)
-    )
-    return (
-        f"Up to {left} runs are left, of {np.median(found):.0f} s each (median of "
-        f"{len(found)}, on shared cores)."
-    )
 
 
 def render(template: str) -> str:

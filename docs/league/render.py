@@ -11,6 +11,7 @@ import stored_runs as runs
 import without_tuning
 from claims import few_seeds
 from study import FORMS, METHODS, PROTOCOLS, REMEDIES
+from thresholds import THRESHOLDS
 
 from classp_jax.continual.report.frontier import frontier_picture
 from classp_jax.continual.results.statistics import paired_difference
@@ -187,6 +188,26 @@ def options(stream: str, option: str) -> str:
         ]
         body.append([f"`{plain}`", *cells, runs.interval(found)])
     return runs.table(["Method", "without, %", "with, %", "difference"], body)
+
+
+def thresholds(stream: str) -> str:
+    """CLASSP with each kind of threshold against the same without one."""
+    body = []
+    for name, method in THRESHOLDS.items():
+        if not runs.has(stream, name):
+            continue
+        kind, plain = name.split("+")
+        (own,) = method.settings.keys() - {"learning_rate", "eps", "window"}
+        body.append(
+            [
+                f"`{plain}`, {kind.replace('-', ' ')}",
+                f"{runs.methods(stream)[name]['settings'][own]:.2g}",
+                runs.mean(runs.percent(stream, plain)),
+                runs.mean(runs.percent(stream, name)),
+                runs.interval(runs.difference(stream, name, plain)),
+            ]
+        )
+    return runs.table(["Form", "tuned to", "without, %", "with, %", "difference"], body)
 
 
 def has_option(stream: str, option: str) -> bool:

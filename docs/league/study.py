@@ -35,6 +35,7 @@ class Protocol(NamedTuple):
     """``make(data_dir)``: the stream."""
     network: dict[str, Any]
     training: dict[str, Any]
+    model: str = "mlp"
     tuning: Any = None
     """``tuning(data_dir)``: a smaller stream to tune on; None: the same."""
     trials: int = 40
@@ -66,6 +67,17 @@ def _split_mnist(scenario: str) -> Protocol:
         tuning=functools.partial(make, max_train=3000),
         trials=10,
         seconds=15,
+    )
+
+
+def _sentiment(data_dir: str | None) -> Any:
+    """PhraseBank's file lies beside the folder of prepared data sets."""
+    phrases = pathlib.Path(data_dir or ".").parent / "phrasebank_50agree.tsv"
+    return continual.sequence(
+        [f"tsv:{phrases}", "tfds:imdb_reviews"],
+        max_train=4000,
+        vocabulary_size=5000,
+        data_dir=data_dir,
     )
 
 
@@ -101,6 +113,15 @@ PROTOCOLS = {
         {"hidden": (128, 128)},
         {"epochs": 5, "batch_size": 32},
         seconds=0.2,
+    ),
+    "sentiment": Protocol(
+        "Sentiment: sentences on finance, then movie reviews; a transformer",
+        _sentiment,
+        {"width": 32, "heads": 4, "feed_forward": 64},
+        {"epochs": (5, 1), "batch_size": 32, "fisher": "sampled"},
+        model="transformer",
+        trials=20,
+        seconds=5,
     ),
     "many-digits": Protocol(
         "Permuted digits, 200 tasks, one pass each",
@@ -333,7 +354,7 @@ def study(
             place = place / method
         tuned = continual.tune(
             smaller,
-            "mlp",
+            protocol.model,
             {method: named(inner)},
             trials=protocol.trials,
             # All at once: no trial depends on how another one did on this stream.
@@ -351,7 +372,7 @@ def study(
         print(f"{name} {method}: best trial {max(found):.1%}", flush=True)
         continual.run(
             stream,
-            "mlp",
+            protocol.model,
             {method: named(inner)},
             seeds=range(protocol.seeds),
             settings={method: best.settings},
@@ -392,7 +413,7 @@ def study_plastic(
         place = FOLDER / name / "plastic" / method
         tuned = continual.tune(
             protocol.tuning(data_dir),
-            "mlp",
+            protocol.model,
             [method],
             trials=protocol.trials,
             together=protocol.trials,
@@ -417,7 +438,7 @@ def study_plastic(
         print(f"{name} {method}: {chosen}", flush=True)
         continual.run(
             protocol.make(data_dir),
-            "mlp",
+            protocol.model,
             [method],
             seeds=range(protocol.seeds),
             settings={method: chosen.settings},

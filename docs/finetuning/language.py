@@ -118,11 +118,11 @@ def language(name: str, data_dir: pathlib.Path, cache: pathlib.Path) -> Problem:
         loss=loss,
         logits=logits,
         score=lambda params, tokens: -loss(params, tokens),
-        old=Data(old[200:], old[:100], arrays["old_test"][:300]),
+        old=Data(old[200:], old[:100], arrays["old_test"][:150]),
         new=Data(
             arrays["new_train"],
             arrays["new_validation"][:100],
-            arrays["new_test"][:300],
+            arrays["new_test"][:150],
         ),
         proxy=arrays["new_train"],
         seeds=dict.fromkeys((1000, *range(5)), 0),

@@ -48,9 +48,14 @@ class Place:
         return any(d.process_index == jax.process_index() for d in self.devices)
 
     @property
+    def processes(self) -> tuple[int, ...]:
+        """Those that have one of the devices."""
+        return tuple(dict.fromkeys(device.process_index for device in self.devices))
+
+    @property
     def reports(self) -> bool:
         """Whether this process is the one that tells of the runs."""
-        return self.devices[0].process_index == jax.process_index()
+        return self.processes[0] == jax.process_index()
 
     @functools.cached_property
     def whole(self) -> Sharding:

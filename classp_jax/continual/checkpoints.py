@@ -395,7 +395,9 @@ def _checkpointer(processes: tuple[int, ...], name: str | None = None) -> Any:
         (
             jax.Array,
             ocp.type_handlers.ArrayHandler(
-                primary_host=processes[0], use_replica_parallel=len(processes) > 1
+                primary_host=processes[0],
+                # What is only said to lie elsewhere is not written there.
+                use_replica_parallel=None if len(processes) > 1 else False,
             ),
         ),
     )

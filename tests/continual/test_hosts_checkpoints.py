@@ -112,7 +112,10 @@ def run(tmp_path):
                 )
                 children.append(stack.enter_context(child))
                 stack.callback(child.kill)
+            deadline = time.monotonic() + 300
             while None in (ended := [child.poll() for child in children]):
+                if time.monotonic() > deadline:
+                    pytest.fail("they wait for each other")
                 if -signal.SIGKILL in ended:
                     for child in children:
                         child.kill()

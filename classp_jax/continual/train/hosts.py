@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 PATIENCE = 30
 """Seconds that processes wait for each other at the start, and before an early end."""
 _JOINED = threading.Event()
+"""Whether this process is one of several, which wait for it."""
 _FOR_EVER = 10**6
 """Seconds after which JAX would end a process that still waits."""
 

@@ -146,9 +146,9 @@ class Keeper(NoKeeper):
             written to.
           ContinualError: if something of this kind has happened in another process.
         """
-        checkpoints.orbax()
 
         def start() -> str:
+            checkpoints.orbax()
             errors = []
             for group in itertools.chain.from_iterable(lanes):
                 try:
@@ -160,8 +160,7 @@ class Keeper(NoKeeper):
                 raise errors[0]
             return str(min((task for task, _ in self._begun.values()), default=""))
 
-        tasks = [int(task) for task in each(start) if task]
-        return min(tasks)
+        return min(int(task) for task in each(start) if task)
 
     def _start(self, group: Sequence[Track]) -> None:
         """Takes a group to where its checkpoint stands."""
@@ -252,8 +251,7 @@ class Keeper(NoKeeper):
         """
         try:
             yield
-            for place in self._begun:
-                checkpoints.wait(place)
+            each(self._written)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -267,6 +265,11 @@ class Keeper(NoKeeper):
                 # Nobody is to believe that all is saved.
                 raise self._failure from error
             raise
+
+    def _written(self) -> str:
+        for place in self._begun:
+            checkpoints.wait(place)
+        return ""
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:

@@ -250,33 +250,39 @@ def terminated(folder: pathlib.Path, times: int = 3, **options: Any) -> Outcome:
     return times, "status 143 and one line; saved, and the same bits in the end"
 
 
-TWO = ("--tasks", "2", "--seeds", "0", "1", "--epochs", "4", "--points", "1")
-SHARED = ("--devices-per-run", "4", "--shard-parameters", "--max-train", "320")
+TWO = ("--tasks", "2", "--epochs", "20", "--points", "1")
+SPREAD = ("--seeds", "0", "1", "2", "3")
+SHARED = ("--seeds", "0", "1", "--devices-per-run", "4", "--shard-parameters")
 
 
 def two_killed(folder: pathlib.Path) -> Outcome:
-    """SIGKILL of two processes, at any moment: of spread runs, and of a shared one."""
-    rng, kills = random.Random(0), 0
-    every = ("--resume", "--checkpoint-every", "10")
-    for more in ((), SHARED):
-        options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
-        place, plain = folder / f"run-{len(more)}", folder / f"plain-{len(more)}"
+    """SIGKILL of two processes, at any moment: of spread runs, and of shared ones."""
+    rng = random.Random(0)
+    every = ("--resume", "--checkpoint-every", str(EVERY))
+    options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
+    for more, segments in (SPREAD, 10), ((*SHARED, "--max-train", "320"), 5):
+        plain = folder / f"plain-{segments}"
         done = run_in_two(plain, *more, **options)
         expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
-        for _ in range(3):
-            in_a_write = rng.random() < 0.5
-            count, wait = rng.randrange(1, 4), rng.uniform(0, 0.1)
-            fault = f"kill{'-in-write' * in_a_write} {count} {wait:.3f}"
+        kills = runs = 0
+        while True:
+            place, fault = folder / f"run-{segments}-{runs}", "none 0 0"
+            if kills < 3:
+                what = rng.choice(("kill", "kill-in-write"))
+                fault = f"{what} {rng.randrange(segments)} {rng.uniform(0, 0.05):.3f}"
             of = rng.randrange(2)
             done = run_in_two(place, *every, *more, fault=fault, of=of, **options)
             ended = {d.returncode for d in done}
-            expect(ended == {-signal.SIGKILL}, (ended, [d.stderr for d in done]))
-            kills += 1
-        done = run_in_two(place, *every, *more, **options)
-        expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
-        expect(bits(place) == bits(plain), "other bits")
-        expect(not (place / "checkpoints").exists(), "checkpoints are left")
-    return kills, "`--resume` of both goes on and ends with the same bits"
+            expect(ended in ({0}, {-signal.SIGKILL}), [d.stderr for d in done])
+            if ended == {0}:
+                expect(bits(place) == bits(plain), "other bits")
+                expect(not (place / "checkpoints").exists(), "checkpoints are left")
+                runs += 1
+                if kills == 3:
+                    break
+            else:
+                kills += 1
+    return 6, "`--resume` of both goes on and ends with the same bits"
 
 
 # Mounts a small disk of its own on a folder, fills it, and goes on when it is emptied.

@@ -134,7 +134,7 @@ def test_killed_stopped_and_resumed_they_end_with_the_same_bits(run, tmp_path):
     status, _ = run(folder, "kill", 3)
     assert status == (-signal.SIGKILL,) * 2
     # The second process saves its own run, too.
-    assert _saved(folder / "spread", "seed-1")
+    assert _saved(folder / "spread", "seed-2")
     status, errors = run(folder, "kill in a write of both", 4)
     assert status == (-signal.SIGKILL,) * 2, errors
     for error in errors:

@@ -32,6 +32,7 @@ RESULTS = DOCS / "faults.json"
 FAULTS: tuple[tuple[str, Callable[[pathlib.Path], Outcome]], ...] = (
     ("SIGKILL at a random moment of training", runs.killed_at_random),
     ("SIGKILL inside the write of a checkpoint", runs.killed_in_a_write),
+    ("SIGKILL of two processes that train together", runs.two_killed),
     ("SIGTERM during training", runs.terminated),
     ("Disk full in the middle of a checkpoint", runs.disk_full),
     ("Folder that cannot be written to", runs.not_writable),

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -47,14 +48,30 @@ def python(
       within: a command that runs the one after it.
       **variables: of its environment.
     """
+    with started(code, *arguments, within=within, **variables) as process:
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def started(
+    code: str, *arguments: str, within: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen[str]:
+    """The same, while it runs."""
     root = str(pathlib.Path(classp_jax.__file__).parents[1])
-    return subprocess.run(
+    return subprocess.Popen(
         [*within, sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": root} | variables,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
+
+
+def free_address() -> str:
+    """An address on this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:

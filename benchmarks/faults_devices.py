@@ -7,7 +7,6 @@ and what came out, and raise if that is not what the page promises.
 import multiprocessing
 import pathlib
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from faults_common import Outcome, error_line, expect, one_line, python
+from faults_common import (
+    Outcome,
+    error_line,
+    expect,
+    free_address,
+    one_line,
+    python,
+)
 
 from classp_jax import continual
 from classp_jax.continual.train import feed, hosts
@@ -50,16 +56,10 @@ def _train(stream: Any, method: str = "classp", **options: Any) -> Any:
     )
 
 
-def _free_address() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
-
-
 def absent_coordinator(folder: pathlib.Path, patience: int = 3) -> Outcome:
     """No process listens where the first one should be."""
     del folder
-    address = _free_address()
+    address = free_address()
     line, seconds = one_line(lambda: hosts.join(address, 2, 1, patience=patience))
     expect(address in line and seconds < patience + 5, (line, seconds))
     return 1, f"one line that names it, {seconds - patience:.1f} s after the patience"
@@ -67,7 +67,7 @@ def absent_coordinator(folder: pathlib.Path, patience: int = 3) -> Outcome:
 
 def absent_process(folder: pathlib.Path) -> Outcome:
     """The first of two processes waits for the other one."""
-    address = _free_address()
+    address = free_address()
     options = f"--distributed --coordinator {address} --processes 2 --process-id 0"
     began = time.perf_counter()
     code = "from classp_jax.__main__ import main; main()"

@@ -4,6 +4,7 @@ Faults of ``faults.py``: functions of an empty folder that return how often it w
 and what came out, and raise if that is not what the page promises.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import random
 import signal
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from faults_common import Outcome, error_line, expect, one_line, python
+from faults_common import (
+    Outcome,
+    error_line,
+    expect,
+    free_address,
+    one_line,
+    python,
+    started,
+)
 
 import classp_jax
 from classp_jax import continual
@@ -90,11 +100,58 @@ def run(
     a write a ``limit`` on the size of files or a disk that is ``full``. Counts are the
     same however fast the machine is.
     """
-    cache = pathlib.Path(tempfile.gettempdir(), f"classp-jax-faults-{os.getuid()}")
-    variables = {"FAULT": fault, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": ""}
+    options = _options(folder, methods, experiment, arguments)
+    return python(CHILD, *options, within=within, **_variables(fault))
+
+
+def _options(
+    folder: pathlib.Path,
+    methods: tuple[str, ...],
+    experiment: tuple[str, ...],
+    arguments: tuple[str, ...],
+) -> list[str]:
     options = ["run", "--methods", *methods, *experiment, "--out", str(folder)]
-    options += ["--save-weights", *arguments]
-    return python(CHILD, *options, within=within, **variables)
+    return [*options, "--save-weights", *arguments]
+
+
+def _variables(fault: str) -> dict[str, str]:
+    cache = pathlib.Path(tempfile.gettempdir(), f"classp-jax-faults-{os.getuid()}")
+    return {"FAULT": fault, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": ""}
+
+
+def run_in_two(
+    folder: pathlib.Path,
+    *arguments: str,
+    methods: tuple[str, ...] = METHODS,
+    experiment: tuple[str, ...] = EXPERIMENT,
+    fault: str = "none 0 0",
+    of: int = 1,
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same in two processes of two devices each; something happens to one of them.
+
+    When one is killed, so is the other, as the machine that both were on would do.
+    """
+    options = _options(folder, methods, experiment, arguments)
+    options += ["--distributed", "--coordinator", free_address(), "--processes", "2"]
+    flags = "--xla_force_host_platform_device_count=2"
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            variables = _variables(fault if number == of else "none 0 0")
+            rank = ("--process-id", str(number))
+            variables["XLA_FLAGS"] = flags
+            process = started(CHILD, *options, *rank, within=(), **variables)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        while None in (ended := [process.poll() for process in processes]):
+            if -signal.SIGKILL in ended:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.01)
+        return [
+            subprocess.CompletedProcess(p.args, p.returncode, *p.communicate())
+            for p in processes
+        ]
 
 
 def bits(folder: pathlib.Path) -> dict[str, Any]:
@@ -191,6 +248,41 @@ def terminated(folder: pathlib.Path, times: int = 3, **options: Any) -> Outcome:
         expect(line.startswith("classp-jax: terminated; "), line)
     finished(folder / "run", reference, **options)
     return times, "status 143 and one line; saved, and the same bits in the end"
+
+
+TWO = ("--tasks", "2", "--epochs", "20", "--points", "1")
+SPREAD = ("--seeds", "0", "1", "2", "3")
+SHARED = ("--seeds", "0", "1", "--devices-per-run", "4", "--shard-parameters")
+
+
+def two_killed(folder: pathlib.Path) -> Outcome:
+    """SIGKILL of two processes, at any moment: of spread runs, and of shared ones."""
+    rng = random.Random(0)
+    every = ("--resume", "--checkpoint-every", str(EVERY))
+    options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
+    for more, segments in (SPREAD, 10), ((*SHARED, "--max-train", "320"), 5):
+        plain = folder / f"plain-{segments}"
+        done = run_in_two(plain, *more, **options)
+        expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
+        kills = runs = 0
+        while True:
+            place, fault = folder / f"run-{segments}-{runs}", "none 0 0"
+            if kills < 3:
+                what = rng.choice(("kill", "kill-in-write"))
+                fault = f"{what} {rng.randrange(segments)} {rng.uniform(0, 0.05):.3f}"
+            of = rng.randrange(2)
+            done = run_in_two(place, *every, *more, fault=fault, of=of, **options)
+            ended = {d.returncode for d in done}
+            expect(ended in ({0}, {-signal.SIGKILL}), [d.stderr for d in done])
+            if ended == {0}:
+                expect(bits(place) == bits(plain), "other bits")
+                expect(not (place / "checkpoints").exists(), "checkpoints are left")
+                runs += 1
+                if kills == 3:
+                    break
+            else:
+                kills += 1
+    return 6, "`--resume` of both goes on and ends with the same bits"
 
 
 # Mounts a small disk of its own on a folder, fills it, and goes on when it is emptied.

@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -30,7 +30,15 @@ from classp_jax.continual.errors import (
     ContinualError,
     check_count,
 )
-from classp_jax.continual.leaves import as_leaf, copied, is_key, kind, named
+from classp_jax.continual.leaves import (
+    as_leaf,
+    copied,
+    is_key,
+    kind,
+    least,
+    lifted,
+    named,
+)
 from classp_jax.continual.results.files import write_atomically
 
 MANIFEST = "classp_jax.manifest"
@@ -64,6 +72,7 @@ def save(
     step: int,
     keep: int = 2,
     note: Mapping[str, Any] | None = None,
+    processes: Sequence[int] | None = None,
 ) -> Future[pathlib.Path]:
     """Saves a tree of arrays in the background.
 
@@ -76,7 +85,7 @@ def save(
 
     Args:
       folder: where checkpoints are kept, one folder in it for each; made if need be. No
-        two processes may save into it at once.
+        two processes may save into it at once, but together.
       tree: what is to come back: parameters, optimizer state, random keys (typed ones
         too), counters; any pytree of arrays and numbers.
       step: what to call the checkpoint. One of the same step is replaced, and those of
@@ -84,6 +93,9 @@ def save(
       keep: how many checkpoints to keep: with 2, there is one to go back to if the
         newest is damaged.
       note: what else is to come back, of JSON's types.
+      processes: which of several processes call this, for arrays that lie across them;
+        each writes what it has. The first of these writes the note, and of numbers and
+        arrays of NumPy its own. None: all. One that is named alone waits for nobody.
 
     Returns:
       A future of the checkpoint's folder.
@@ -117,18 +129,31 @@ def save(
         content = json.loads(json.dumps(content))
     except TypeError as error:
         raise CheckpointError(f"The note must be of JSON's types: {error}.") from None
+    together = _together(processes)
     arrays = {path: copied(leaf) for path, leaf in leaves.items() if np.size(leaf)}
+    if 0 not in together:
+        arrays = {path: lifted(leaf, together) for path, leaf in arrays.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     saving = _pending[folder] = _Saving()
-    _writer().submit(saving.run, _write, folder, int(keep), content, arrays)
+    arguments = (_write, folder, int(keep), content, arrays, together)
+    if len(together) == 1:
+        _writer().submit(saving.run, *arguments)
+    else:
+        # One that waits for another process must not keep a second one waiting, which
+        # that process may have begun first.
+        threading.Thread(target=saving.run, args=arguments).start()
     return saving
 
 
 def restore(
-    folder: str | os.PathLike[str], like: Any, *, step: int | None = None
+    folder: str | os.PathLike[str],
+    like: Any,
+    *,
+    step: int | None = None,
+    processes: Sequence[int] | None = None,
 ) -> Restored:
     """Restores the newest checkpoint that is whole.
 
@@ -144,6 +169,8 @@ def restore(
         than the saved ones, and so the optimizer may, as long as every leaf has the
         same path, shape and dtype.
       step: restore this one, and no other.
+      processes: which of several processes call this, to use the same checkpoint: what
+        one of them finds damaged is passed over by all. None: all.
 
     Raises:
       CheckpointError: if there is none, if none is whole, or if the tree differs: the
@@ -156,7 +183,7 @@ def restore(
         wait(folder)
     except CheckpointError as error:
         warnings.warn(f"{error} An earlier one is used.", CheckpointWarning, 2)
-    found = find(folder, step)
+    found = find(folder, step, processes=_together(processes))
     if found is None:
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise CheckpointError(f"There is no {which} in {folder}.")
@@ -178,6 +205,7 @@ def find(
     folder: pathlib.Path,
     step: int | None = None,
     warn: Callable[[str], None] | None = None,
+    processes: Sequence[int] = (),
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
@@ -186,19 +214,33 @@ def find(
       step: look at this one only.
       warn: called with a line for each one that is passed over, in place of a
         :class:`CheckpointWarning`.
+      processes: which of several processes call this, to find the same one. Each looks
+        at a part of its files.
 
     Raises:
       CheckpointError: if there are some, but none that is whole.
     """
-    steps = _steps(folder) if step is None else {step} & {*_steps(folder)}
+    steps = {number for number in _steps(folder) if step in (None, number)}
+    devices = [jax.local_devices(process_index=process)[0] for process in processes]
+    rank = processes.index(jax.process_index()) if processes else 0
+    part = slice(rank, None, max(len(processes), 1))
     faults = []
-    for number in sorted(steps, reverse=True):
+    while True:
+        newest = max(steps, default=-1)
+        number = least(newest, devices)
+        if number < 0:
+            break
+        steps = {earlier for earlier in steps if earlier < number}
         path = folder / str(number)
+        found, fault = None, "another process says how"
         try:
-            found = _verified(path)
+            found = _verified(path, part)
         except (OSError, ValueError, KeyError) as error:
-            faults.append(f"{path} is damaged ({_line(error)})")
+            fault = _line(error)
+        if not least(int(found is not None), devices):
+            faults.append(f"{path} is damaged ({fault})")
             continue
+        assert found is not None
         for fault in faults:
             line = f"checkpoint {fault}; {found.path.name} is used in its place"
             if warn is not None:
@@ -210,6 +252,11 @@ def find(
         raise CheckpointError(
             f"No checkpoint is whole: {'; '.join(faults)}. Remove {folder} to start "
             "anew."
+        )
+    if least(-newest, devices) < 1:
+        raise CheckpointError(
+            f"Not all processes see the same checkpoints in {folder}: it must be on a "
+            "file system that they share."
         )
     return None
 
@@ -230,7 +277,7 @@ def load(found: Checkpoint, like: Any) -> Any:
     stored = {path: leaf for path, leaf in wanted.items() if np.size(leaf)}
     arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _quiet(), _checkpointer((jax.process_index(),)) as reader:
             item = dict.fromkeys(stored, 0)
             args = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
             arrays = reader.restore(found.path, args=args)
@@ -305,9 +352,6 @@ def orbax() -> Any:
     return orbax.checkpoint
 
 
-_silence = threading.Lock()
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax's log lines from the user's terminal; its errors are raised."""
@@ -316,26 +360,70 @@ def _quiet() -> Iterator[None]:
     def not_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in pathlib.PurePath(record.pathname).parts
 
-    with _silence:
-        logger.addFilter(not_orbax)
-        try:
-            yield
-        finally:
-            logger.removeFilter(not_orbax)
+    logger.addFilter(not_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_orbax)
+
+
+def _together(processes: Sequence[int] | None) -> tuple[int, ...]:
+    """The processes that save or restore together, the one first that leads."""
+    if processes is None:
+        return tuple(range(jax.process_count()))
+    if jax.process_index() not in processes:
+        raise CheckpointError(
+            f"This is process {jax.process_index()}, none of {[*processes]}."
+        )
+    return tuple(processes)
+
+
+def _checkpointer(processes: tuple[int, ...], name: str | None = None) -> Any:
+    """Orbax's, for these processes; the name tells what they wait for each other for.
+
+    When it is told who they are, they wait at the coordinator. They would otherwise do
+    so by a computation on all devices, which training must not get in between.
+    """
+    ocp = orbax()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=processes[0],
+        active_processes={*processes},
+        barrier_sync_key_prefix=name,
+    )
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(
+                primary_host=processes[0],
+                # What is only said to lie elsewhere is not written there.
+                use_replica_parallel=None if len(processes) > 1 else False,
+            ),
+        ),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=options, type_handler_registry=handlers
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _write(
-    folder: pathlib.Path, keep: int, content: dict[str, Any], arrays: dict[str, Any]
+    folder: pathlib.Path,
+    keep: int,
+    content: dict[str, Any],
+    arrays: dict[str, Any],
+    processes: tuple[int, ...],
 ) -> pathlib.Path:
     """Writes one checkpoint, and removes those that are not kept."""
     step = content["step"]
     final, temporary = folder / str(step), folder / f"{step}.tmp"
-    ocp = orbax()
+    leads = jax.process_index() == processes[0]
     try:
-        _remove_unfinished(folder)
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(temporary, args=ocp.args.PyTreeSave(arrays))
-        if jax.process_index() == 0:
+        if leads:
+            _remove_unfinished(folder)
+        with _quiet(), _checkpointer(processes, str(final)) as writer:
+            writer.save(temporary, args=orbax().args.PyTreeSave(arrays))
+        if leads:
             content["files"] = {
                 name: _hash(temporary / name) for name in _files(temporary)
             }
@@ -347,15 +435,14 @@ def _write(
             temporary.rename(final)
             _prune(folder, step, keep)
     except Exception as error:
-        _remove_unfinished(folder)
+        if leads:
+            _remove_unfinished(folder)
         raise _cannot_write(final, error) from error
     return final
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Removes what a process that was killed, or a full disk, has left."""
-    if jax.process_index() > 0:
-        return  # The first one of several processes does.
     for left in folder.glob("*.tmp*"):  # Orbax's own end like ours.
         shutil.rmtree(left, ignore_errors=True)
 
@@ -387,15 +474,19 @@ def _hash(file: pathlib.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _verified(path: pathlib.Path) -> Checkpoint:
-    """A checkpoint with its hashes compared; ValueError says which one is wrong."""
+def _verified(path: pathlib.Path, part: slice) -> Checkpoint:
+    """A checkpoint with the hashes of a part of its files compared.
+
+    ValueError says which one is wrong.
+    """
     head, _, rest = (path / MANIFEST).read_bytes().partition(b"\n")
     body = rest.removesuffix(b"\n")
     expected = f"{_SIGNATURE} {hashlib.sha256(body).hexdigest()}".encode()
     if head != expected or rest == body:
         raise ValueError(f"{MANIFEST} is not what was written")
     content = json.loads(body)
-    for name, expected in content["files"].items():
+    files = [*content["files"].items()]
+    for name, expected in files[part]:
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         if _hash(path / name) != expected:

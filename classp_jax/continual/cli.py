@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import classp_jax
-from classp_jax.continual.errors import CheckpointWarning, ContinualError
+from classp_jax.continual.errors import CheckpointWarning, ContinualError, Stopped
 from classp_jax.continual.options import (
     ExperimentOptions,
     Report,
@@ -51,6 +51,9 @@ def main_of_process() -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     status = main()
+    hosts = sys.modules.get("classp_jax.continual.train.hosts")
+    if status in (ERROR, TERMINATED) and hosts is not None:
+        hosts.leave()
     if status != OK:
         # Threads may still be training, or waiting for another process. An orderly exit
         # waits for some, and crashes others by taking their memory away.
@@ -89,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list(console)
     except UsageError as error:
         return _fail(error, USAGE)
+    except Stopped as error:
+        return _fail(error, TERMINATED)
     except (ContinualError, OSError) as error:
         return _fail(error, ERROR)
     except KeyboardInterrupt:

@@ -21,6 +21,10 @@ class CheckpointError(ContinualError):
     """A checkpoint that cannot be written, read or used; the message is one line."""
 
 
+class Stopped(ContinualError):  # noqa: N818 - nothing went wrong
+    """Training was ended from outside, and what it had done has been saved."""
+
+
 class CheckpointWarning(UserWarning):
     """A damaged checkpoint was passed over; the message is one line."""
 

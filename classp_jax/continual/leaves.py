@@ -1,10 +1,12 @@
 """Leaves of a tree, as checkpoints hold them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from classp_jax.continual.errors import CheckpointError
 
@@ -57,9 +59,49 @@ def as_leaf(leaf: Any, array: Any) -> Any:
     if is_key(leaf):
         key = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
         sharding = getattr(leaf, "sharding", None)
+        if sharding is not None and not sharding.is_fully_addressable:
+            data = jax.make_array_from_callback(
+                np.shape(array), sharding, lambda index: array[index]
+            )
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return key if sharding is None else jax.device_put(key, sharding)
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return jnp.asarray(array)
     if isinstance(leaf, np.ndarray):
         return array
     return array[()] if isinstance(leaf, np.generic) else array.item()
+
+
+def least(number: int, devices: Sequence[Any]) -> int:
+    """The least of the numbers that the processes give which have these devices.
+
+    All of them call it, in the same order as what else they do on the devices.
+    """
+    if len({device.process_index for device in devices}) < 2:
+        return number
+    mesh = Mesh(np.array(devices), ("devices",))
+    cut, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in (["devices"], []))
+    with jax.enable_x64(True):
+        given = jax.make_array_from_callback(
+            (len(devices),), cut, lambda index: np.full(1, number)
+        )
+        return int(jax.jit(jnp.min, out_shardings=whole)(given))
+
+
+def lifted(leaf: Any, processes: Sequence[int]) -> jax.Array:
+    """A leaf of processes without the first one, as an array that they share.
+
+    Orbax writes arrays of NumPy in the first process only, and no array of JAX that
+    lies in one process whole. So one is said to have a second copy elsewhere, which is
+    never made.
+    """
+    if isinstance(leaf, jax.Array):
+        return leaf
+    holders = [*processes] if len(processes) > 1 else [*processes, 0]
+    devices = [jax.local_devices(process_index=holder)[0] for holder in holders]
+    sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+    # Numbers keep their 64 bits.
+    with jax.enable_x64(True):
+        return jax.make_array_from_callback(
+            np.shape(leaf), sharding, lambda index: leaf[index]
+        )

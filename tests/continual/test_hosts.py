@@ -48,6 +48,25 @@ results = continual.run(
 )
 together = {"together %s %d" % k: v.params["w"] for k, v in results.params.items()}
 import numpy as np
+
+# Each of two processes reads its half of every batch.
+been_read = []
+def read(rng, share, shares):
+    for _ in range(8):
+        y = rng.integers(0, 10, 16)
+        x = rng.normal(size=(16, 64)).astype("f4") + y[:, None]
+        half = slice(share * 16 // shares, (share + 1) * 16 // shares)
+        been_read.append(len(y[half]))
+        yield x[half], y[half]
+x = np.random.default_rng(0).normal(size=(20, 64)).astype("f4")
+stream = continual.stream_of_batches(
+    [(read, x, np.arange(20) % 10)] * 2, examples=128, num_classes=10, in_shares=True
+)
+# All of a task's examples, so that the halves do not matter.
+shared |= dict(fisher_examples=128, rounding_copies=0)
+results = continual.run(stream, model, methods, **shared, **whole)
+together |= {"together read": v.params["w"] for v in results.params.values()}
+assert sum(been_read) == 2 * 128 // int(processes)
 np.savez("%s/%s.npz" % (folder, process_id), **spread, **together)
 
 # Both save an array that lies across them, and restore their own parts.
@@ -106,7 +125,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
         for name in ("2-0/0.npz", "2-1/1.npz", "1-0/0.npz")
     )
     assert first.keys() == second.keys() == alone.keys()
-    assert len(alone) == 3 + 1
+    assert len(alone) == 3 + 1 + 1
     for name, weights in alone.items():
         np.testing.assert_array_equal(first[name], second[name])
         if name.startswith("together"):

@@ -11,7 +11,7 @@ from classp_jax.continual.data.maker import distinct
 from classp_jax.continual.data.sources import as_inputs, as_labels
 from classp_jax.continual.errors import DataError
 
-Read = Callable[[np.random.Generator], Iterable[tuple[Any, Any]]]
+Read = Callable[..., Iterable[tuple[Any, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -21,10 +21,12 @@ class Batches:
     Attributes:
       read: begins a pass over the data, given random numbers for its order.
       size: how many examples a pass has.
+      in_shares: whether each of several processes reads a share of them.
     """
 
     read: Read
     size: int
+    in_shares: bool = False
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -39,6 +41,7 @@ def stream_of_batches(
     name: str = "batches",
     task_names: Sequence[str] | None = None,
     scenario: str = "domain-incremental",
+    in_shares: bool = False,
 ) -> Stream:
     """A stream whose training data is larger than memory: tasks that yield batches.
 
@@ -60,6 +63,10 @@ def stream_of_batches(
         data and sizes are taken to be over the same data.
       task_names: a name for every task; by default "task 1" and so on.
       scenario: only says what the labels mean.
+      in_shares: whether ``read(rng, share, shares)`` is called, and is to return only
+        that share, counted from 0, of so many: where several processes train one run,
+        each reads one, in place of all examples. A step takes as many examples of each
+        share. Where one process trains a run there is one share.
 
     Returns:
       A stream for :func:`~classp_jax.continual.run`, which needs ``normalisation=(mean,
@@ -119,7 +126,7 @@ def stream_of_batches(
         made.append(
             Task(
                 task,
-                cast(Any, Batches(cast(Read, parts[0]), size)),
+                cast(Any, Batches(cast(Read, parts[0]), size, in_shares)),
                 none,
                 test,
                 classes,

@@ -100,6 +100,9 @@ def prepare(
         [leaf.shape for leaf in jax.tree.leaves(params)],
     )
     stored, plans = make_plans(streams, seeds, training)
+    if any(batches.in_shares for plan in plans for batches in plan.feeds):
+        for place in places:
+            _ = place.is_here and place.share
     test, train = (
         max(sum(len(part.y) for part in getattr(plan, name)) for plan in plans)
         for name in ("test", "train")

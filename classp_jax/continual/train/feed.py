@@ -78,7 +78,15 @@ class Feed:
         self.steps = steps
         self._plan, self._task, self._example = plan, task, example
         self._name, self._place = name, place
-        self._kept = _Kept(kept, example, generator(plan.seed, _KEPT, task))
+        batches: Batches = plan.feeds[task]
+        self._share = place.share if batches.in_shares else (0, 1)
+        rank, shares = self._share
+        self._batch, self._sample = plan.batch_size // shares, kept
+        if shares > 1:
+            # Every device gets as many.
+            kept = -(-kept // len(place.devices)) * len(place.devices) // shares
+        own = [rank] if rank else []
+        self._kept = _Kept(kept, example, generator(plan.seed, _KEPT, task, *own))
         self._number, self._block = -1, None
         self._rest: Any = ((), ())
         self._waiting: queue.Queue[Any] = queue.Queue(1)
@@ -100,7 +108,18 @@ class Feed:
 
     def sample(self) -> Examples:
         """Random examples of those that have been read, as many as wanted."""
-        return self._kept.examples(self._task)
+        found, count = self._kept.examples(self._task), self._sample
+        if self._share[1] == 1:
+            return found
+        found = self._place.put_shares(found)
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), found
+        )
+        first = jax.jit(
+            lambda examples: jax.tree.map(lambda leaf: leaf[:count], examples),
+            out_shardings=self._place.shardings(shapes),
+        )
+        return first(found)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -109,8 +128,9 @@ class Feed:
 
     def _read(self) -> None:
         try:
+            put = self._place.put if self._share[1] == 1 else self._place.put_shares
             for block in self._blocks():
-                if not self._give(self._place.put(block)):
+                if not self._give(put(block)):
                     return
         except ContinualError as error:
             self._give(error)
@@ -133,7 +153,7 @@ class Feed:
         return False
 
     def _blocks(self) -> Iterator[Examples]:
-        batch, left = self._plan.batch_size, self._plan.steps[self._task]
+        batch, left = self._batch, self._plan.steps[self._task]
         examples = self._examples(left * batch)
         while left:
             x, y = self._take(examples, min(self.steps, left) * batch)
@@ -162,11 +182,12 @@ class Feed:
     def _examples(self, total: int) -> Iterator[Any]:
         """The examples of all passes, those left out that do not fill a last batch."""
         batches: Batches = self._plan.feeds[self._task]
-        whole = self._plan.steps_per_pass[self._task] * self._plan.batch_size
+        whole = self._plan.steps_per_pass[self._task] * self._batch
+        share = self._share if batches.in_shares else ()
         for number in range(math.ceil(total / whole)):
             left = whole
             rng = generator(self._plan.seed, _PASS, self._task, number)
-            for given in batches.read(rng):
+            for given in batches.read(rng, *share):
                 x, y = self._checked(given)
                 if number == 0:
                     self._kept.add(x[:left], y[:left])
@@ -177,7 +198,7 @@ class Feed:
             if left:
                 raise ContinualError(
                     f"{self._name}: a pass ends after {whole - left:,} of the "
-                    f"{len(batches):,} examples that were announced"
+                    f"{len(batches) // self._share[1]:,} examples that were announced"
                 )
 
     def _checked(self, given: Any) -> tuple[np.ndarray, np.ndarray]:

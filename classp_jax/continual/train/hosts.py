@@ -1,5 +1,6 @@
 """Several processes that work together: only the first writes, all know the same."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,8 +20,12 @@ from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.results.records import Provenance, Results, Run
 from classp_jax.continual.train.places import Place
 
+_T = TypeVar("_T")
+
 PATIENCE = 30
-"""Seconds that processes wait for each other at the start."""
+"""Seconds that processes wait for each other at the start, and before an early end."""
+_JOINED = threading.Event()
+"""Whether this process is one of several, which wait for it."""
 _FOR_EVER = 10**6
 """Seconds after which JAX would end a process that still waits."""
 
@@ -64,22 +69,18 @@ def join(
             _reach(host, port, patience)
     # SIGTERM is ours: it ends a process, where JAX would only take note of it.
     jax.config.update("jax_enable_preemption_service", False)
-    joined: Future[None] = Future()
 
     def join_them() -> None:
-        try:
-            jax.distributed.initialize(
-                coordinator, processes, process_id, initialization_timeout=_FOR_EVER
-            )
-            joined.set_result(None)
-        except Exception as error:
-            joined.set_exception(error)
+        jax.distributed.initialize(
+            coordinator, processes, process_id, initialization_timeout=_FOR_EVER
+        )
 
     # In a thread, since JAX ends a process that has waited for too long, with a page of
     # addresses in place of a line.
-    threading.Thread(target=join_them, name="join", daemon=True).start()
+    joined = _in_thread(join_them, "join")
     try:
         joined.result(patience)
+        _JOINED.set()
     except TimeoutError:
         raise ContinualError(
             f"waited {patience} seconds at {coordinator or 'the coordinator'} for "
@@ -136,11 +137,62 @@ def gather(content: bytes) -> list[bytes]:
     """What each process gives, on all of them."""
     if jax.process_count() == 1:
         return [content]
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    def gather_them() -> list[bytes]:
+        sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(content)] = np.frombuffer(content, np.uint8)
+        rows = np.asarray(multihost_utils.process_allgather(padded))
+        return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    # In a thread, since a signal would wait where JAX waits for the others.
+    return _in_thread(gather_them, "gather").result()
+
+
+def each(function: Callable[[], str]) -> list[str]:
+    """What a function returns in each process, on all; an error of one is one of all.
+
+    Raises:
+      ContinualError: what the function raises here, else what it does elsewhere.
+    """
+    answer: dict[str, str] = {}
+    error: Exception | None = None
+    try:
+        answer["text"] = function()
+    except (ContinualError, OSError) as failure:
+        error = failure
+        answer["error"] = " ".join(str(failure).split())
+    answers = [json.loads(text) for text in gather(json.dumps(answer).encode())]
+    lines = [found["error"] for found in answers if "error" in found]
+    if lines:
+        raise error or ContinualError(lines[0])
+    return [found["text"] for found in answers]
+
+
+def leave(patience: float = PATIENCE) -> None:
+    """Waits until the other processes leave, too; not for ever.
+
+    JAX would end them in the middle of what they save, or before they say what went
+    wrong, if this one ended first.
+    """
+    if _JOINED.is_set():
+        left = _in_thread(jax.distributed.shutdown, "leave")
+        with contextlib.suppress(Exception):
+            left.result(patience)
+
+
+def _in_thread(function: Callable[[], _T], name: str) -> Future[_T]:
+    """Calls a function in a thread that nobody has to wait for, ever."""
+    done: Future[_T] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, name=name, daemon=True).start()
+    return done
 
 
 def gather_runs(runs: Mapping[tuple[int, int], Run]) -> dict[tuple[int, int], Run]:
@@ -198,20 +250,20 @@ def by_first(function: Callable[[], Results]) -> Results:
     """What the first process gets from a function, on all; its error likewise."""
     if jax.process_count() == 1:
         return function()
-    answer: dict[str, Any] = {}
     results: Results | None = None
-    if is_first():
-        try:
-            results = function()
-            answer = {
-                "configuration": results.configuration,
-                "stream": results.stream,
-                "runs": [dataclasses.asdict(run) for run in results.runs],
-            }
-        except (ContinualError, OSError) as error:
-            answer = {"error": " ".join(str(error).split())}
-    answer = json.loads(gather(json.dumps(answer).encode())[0])
-    if "error" in answer:
-        raise ContinualError(answer["error"])
+
+    def told() -> str:
+        nonlocal results
+        if not is_first():
+            return ""
+        results = function()
+        answer = {
+            "configuration": results.configuration,
+            "stream": results.stream,
+            "runs": [dataclasses.asdict(run) for run in results.runs],
+        }
+        return json.dumps(answer)
+
+    answer = json.loads(each(told)[0])
     runs = tuple(_run(fields) for fields in answer["runs"])
     return results or Results(answer["configuration"], answer["stream"], runs)

@@ -7,17 +7,22 @@ import pathlib
 import shutil
 import threading
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from classp_jax.continual import checkpoints
-from classp_jax.continual.errors import CheckpointError
-from classp_jax.continual.results.files import locked
+from classp_jax.continual.errors import CheckpointError, ContinualError, Stopped
+from classp_jax.continual.leaves import least
+from classp_jax.continual.results.files import LOCK_NAME, locked
 from classp_jax.continual.results.variants import differences
+from classp_jax.continual.train.hosts import each
+from classp_jax.continual.train.places import Place
 from classp_jax.continual.train.track import Track
+
+_T = TypeVar("_T")
 
 _RECORDED = (
     "matrix",
@@ -35,10 +40,6 @@ _RECORDED = (
 """What a track has measured so far; all else that changes is in its state."""
 _PATIENCE = 5.0
 """Seconds to wait for another process that trains the same runs."""
-
-
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """Ends a thread whose runs have been saved."""
 
 
 class NoKeeper:
@@ -78,7 +79,8 @@ class Keeper(NoKeeper):
     """Saves runs while they train, those that go through one executable together.
 
     Each group's checkpoints have a folder of their own, which no other process uses
-    meanwhile. Where a group stands is the task and the point that come next.
+    meanwhile, but those that have a part in the group. These do all that concerns it at
+    the same steps. Where a group stands is the task and the point that come next.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Keeper(NoKeeper):
         self._resume = resume
         self._begun: dict[pathlib.Path, tuple[int, int]] = {}
         self._numbers: dict[pathlib.Path, int] = {}
+        self._own: list[pathlib.Path] = []
         self._stopping = threading.Event()
         self._failure: CheckpointError | None = None
         self._locks = contextlib.ExitStack()
@@ -135,24 +138,53 @@ class Keeper(NoKeeper):
         """Takes the groups to where their checkpoints stand.
 
         Returns:
-          The first task that not all have finished.
+          The first task that not all have finished; the same in all processes.
 
         Raises:
           CheckpointError: if a checkpoint is of other runs, or none is whole.
           ResultsError: if another process trains the same, or the folder cannot be
             written to.
+          ContinualError: if something of this kind has happened in another process.
         """
-        checkpoints.orbax()
-        for group in itertools.chain.from_iterable(lanes):
-            place = self._place(group)
-            self._locks.enter_context(locked(place, _PATIENCE))
-            found = checkpoints.find(place)
-            self._begun[place], self._numbers[place] = (0, 0), 0
-            if found is None:
-                continue
-            self._numbers[place] = found.step
-            self._begun[place] = self._take(found, group)
-        return min(task for task, _ in self._begun.values())
+
+        def start() -> str:
+            checkpoints.orbax()
+            errors = []
+            for group in itertools.chain.from_iterable(lanes):
+                try:
+                    self._start(group)
+                except ContinualError as error:
+                    # Others may have a part in the next one.
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+            return str(min((task for task, _ in self._begun.values()), default=""))
+
+        return min(int(task) for task in each(start) if task)
+
+    def _start(self, group: Sequence[Track]) -> None:
+        """Takes a group to where its checkpoint stands."""
+        folder, place = self._place(group), group[0].place
+
+        def hold() -> None:
+            self._locks.enter_context(locked(folder, _PATIENCE))
+            self._own.append(folder)
+
+        def see() -> None:
+            if not (folder / LOCK_NAME).exists():
+                raise CheckpointError(
+                    f"Not all processes see {folder}: checkpoints of runs that they "
+                    "share must be on a file system that they share."
+                )
+
+        # One holds the folder, for all who have a part in the group.
+        _together(place, hold if place.reports else lambda: None)
+        _together(place, see)
+        found = checkpoints.find(folder, processes=place.processes)
+        self._begun[folder], self._numbers[folder] = (0, 0), 0
+        if found is not None:
+            self._numbers[folder] = found.step
+            self._begun[folder] = _together(place, lambda: self._take(found, group))
 
     def begun(self, group: Sequence[Track], task: int) -> int | None:
         """The point of the task to go on from; None if the task is over."""
@@ -178,10 +210,13 @@ class Keeper(NoKeeper):
           Stopped: if training is to stop.
           CheckpointError: if the checkpoint, or the one before, cannot be written.
         """
-        if self._stopping.is_set():
+        if least(int(not self._stopping.is_set()), group[0].place.devices) == 0:
             with self._noting_failure():
                 self.save(group, task, point)
-            raise Stopped
+            raise Stopped(
+                "stopped with another process; what was finished is kept, and every "
+                "run is saved: go on from there (resume)"
+            )
         step = max(int(track.state.step) for track in group)
         at_end = step >= max(track.plan.steps[task] for track in group)
         if self._every is not None and step % self._every == 0 and not at_end:
@@ -192,6 +227,7 @@ class Keeper(NoKeeper):
         if all(track.diverged for track in group):
             return  # From before that, it ends in the same way.
         place = self._place(group)
+        _together(group[0].place, lambda: checkpoints.wait(place))
         self._numbers[place] += 1
         note = {
             "identity": self._identity_of(group),
@@ -203,6 +239,7 @@ class Keeper(NoKeeper):
             [track.state for track in group],
             step=self._numbers[place],
             note=note,
+            processes=group[0].place.processes,
         )
 
     @contextlib.contextmanager
@@ -214,8 +251,7 @@ class Keeper(NoKeeper):
         """
         try:
             yield
-            for place in self._begun:
-                checkpoints.wait(place)
+            each(self._written)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -224,10 +260,16 @@ class Keeper(NoKeeper):
             for place in self._begun:
                 with self._noting_failure():
                     checkpoints.wait(place)
-            if self._failure is not None and not isinstance(error, Exception):
+            stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
+            if self._failure is not None and stopped:
                 # Nobody is to believe that all is saved.
                 raise self._failure from error
             raise
+
+    def _written(self) -> str:
+        for place in self._begun:
+            checkpoints.wait(place)
+        return ""
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -237,8 +279,11 @@ class Keeper(NoKeeper):
             self._failure = failure
 
     def remove(self) -> None:
-        """Removes the checkpoints of these runs, whose results are stored."""
-        _remove([*self._begun])
+        """Removes the checkpoints of these runs, whose results are stored.
+
+        Each process does so with those that it holds.
+        """
+        _remove(self._own)
 
     def remove_finished(self, seeds: Sequence[int]) -> None:
         """Removes what a process left that was killed just after it stored results."""
@@ -284,6 +329,22 @@ def folder_of(folder: Any, method: str) -> pathlib.Path:
     """Where a method's checkpoints are kept in a folder of results."""
     name = urllib.parse.quote(method, safe="+ ")
     return pathlib.Path(folder).absolute() / "checkpoints" / name
+
+
+def _together(place: Place, function: Callable[[], _T]) -> _T:
+    """What a function returns; what goes wrong in one process is an error in all.
+
+    In all that have a part in the runs of this place.
+    """
+    found: Any = None
+    error: ContinualError | None = None
+    try:
+        found = function()
+    except ContinualError as failure:
+        error = failure
+    if least(int(error is None), place.devices) == 0:
+        raise error or CheckpointError("Another process cannot go on, and says why.")
+    return found
 
 
 def _remove(places: Sequence[pathlib.Path]) -> None:

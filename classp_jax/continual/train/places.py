@@ -48,9 +48,29 @@ class Place:
         return any(d.process_index == jax.process_index() for d in self.devices)
 
     @property
+    def processes(self) -> tuple[int, ...]:
+        """Those that have one of the devices."""
+        return tuple(dict.fromkeys(device.process_index for device in self.devices))
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which part of a run's examples this process reads, of how many.
+
+        Raises:
+          ContinualError: if the processes have not all as many of the devices.
+        """
+        owners = [device.process_index for device in self.devices]
+        if len({owners.count(process) for process in self.processes}) > 1:
+            raise ContinualError(
+                f"the {len(owners)} devices of a run lie unevenly in its processes, so "
+                "these cannot read equal shares of the batches"
+            )
+        return self.processes.index(jax.process_index()), len(self.processes)
+
+    @property
     def reports(self) -> bool:
         """Whether this process is the one that tells of the runs."""
-        return self.devices[0].process_index == jax.process_index()
+        return self.processes[0] == jax.process_index()
 
     @functools.cached_property
     def whole(self) -> Sharding:
@@ -101,6 +121,19 @@ class Place:
         if not self.is_shared and self.is_here:
             return self._put_whole(tree)
         return jax.tree.map(_put, tree, self.shardings(tree))
+
+    def put_shares(self, examples: Examples) -> Examples:
+        """Examples of which each process has a share, as :meth:`share` deals them."""
+        axis, count = len(examples.y.shape) - 1, len(self.processes)
+
+        def put(leaf: Any) -> jax.Array:
+            shape = list(leaf.shape)
+            shape[axis] *= count
+            return jax.make_array_from_process_local_data(
+                self._cut(axis), leaf, tuple(shape)
+            )
+
+        return jax.tree.map(put, examples)
 
     def _put_whole(self, tree: Any) -> Any:
         """On one device: all that is not there yet at once, which costs far less."""

@@ -32,7 +32,7 @@ from classp_jax.continual.train.experiment import (
 from classp_jax.continual.train.experiment import (
     initial_weights as drawn_weights,
 )
-from classp_jax.continual.train.hosts import by_first
+from classp_jax.continual.train.hosts import by_first, each, is_first
 from classp_jax.continual.train.keeper import Keeper, folder_of
 from classp_jax.continual.train.loop import train
 from classp_jax.continual.train.progress import Progress
@@ -151,8 +151,6 @@ def run(
     keeping = resume or checkpoint_every is not None
     if keeping and folder is None:
         raise ContinualError("checkpoints need a folder")
-    if keeping and jax.process_count() > 1:
-        raise ContinualError("checkpoints work in one process; here are several")
     setup = set_up(
         stream,
         model,
@@ -186,10 +184,16 @@ def run(
                 every=checkpoint_every,
                 resume=resume,
             )
+
+    def check_all() -> str:
+        for name, keeper in keepers.items() if is_first() else ():
             if _missing(setup.experiment, name, resolved[name], results):
                 keeper.check()
             else:
                 keeper.remove_finished(_seeds_of(setup.experiment))
+        return ""
+
+    each(check_all)
     todo = _compiled(setup.experiment, chosen, resolved, results)
     for name, (method, experiment) in todo.items():
         if folder is not None:

@@ -1,0 +1,173 @@
+"""Checkpoints of two processes with two devices each, which are killed and go on."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import faults_common
+import faults_runs as faults
+import pytest
+
+from classp_jax.continual import checkpoints
+
+CHILD = """
+import os, signal, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+)
+import jax
+from classp_jax import continual
+from classp_jax.continual import checkpoints
+from classp_jax.continual.cli import Terminated
+from classp_jax.continual.errors import Stopped
+from classp_jax.continual.train import hosts
+from classp_jax.continual.train.keeper import Keeper
+
+coordinator, process_id, folder, cache, fault, count = sys.argv[1:]
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# It happens to the second process.
+left = [int(count) if process_id == "1" else -2]
+
+def watched(function, signal_, counts=lambda *_: True):
+    def call(*arguments):
+        left[0] -= counts(*arguments)
+        if left[0] == -1:
+            os.kill(os.getpid(), signal_)
+        return function(*arguments)
+    return call
+
+if fault == "kill":
+    Keeper.stepped = watched(Keeper.stepped, signal.SIGKILL)
+if fault == "kill in a write of both":
+    both = lambda *arguments: len(arguments[-1]) == 2
+    checkpoints._write = watched(checkpoints._write, signal.SIGKILL, both)
+if fault == "terminate":
+    Keeper.stepped = watched(Keeper.stepped, signal.SIGTERM)
+
+def terminate(*_):
+    raise Terminated
+
+signal.signal(signal.SIGTERM, terminate)
+hosts.join(coordinator, 2, int(process_id))
+model = (
+    lambda key: {"w": jax.random.normal(key, (64, 12)) / 8},
+    lambda params, x: (x.reshape(x.shape[0], -1) @ params["w"])[:, :10],
+)
+options = dict(epochs=1, batch_size=16, points=1, fisher_examples=16)
+options |= dict(fisher="empirical", normalisation=(0.3, 0.4), save_weights=True)
+if fault != "none, and no checkpoints":
+    options |= dict(checkpoint_every=3, resume=True)
+shared = dict(seeds=[0], rounding_copies=1, devices_per_run=4, shard_parameters=True)
+stream = continual.permuted("digits", tasks=2, max_train=128)
+
+def train(where, **more):
+    continual.run(
+        stream, model, ["replay+ewc+classp"], folder=f"{folder}/{where}", **options,
+        **more, **(shared if where == "shared" else dict(seeds=[0, 1, 2])),
+    )
+
+status = 0
+try:
+    if fault == "kill in a write of both":
+        try:
+            train("spread", settings={"classp": {"eps": 0.7}})
+        except continual.ContinualError as error:
+            print(error, file=sys.stderr)
+    train("spread")
+    train("shared")
+except (Terminated, continual.ContinualError) as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    status = 143 if isinstance(error, (Terminated, Stopped)) else 1
+    hosts.leave()
+sys.stderr.flush()
+os._exit(status)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Trains in two processes, one of which meets with a fault.
+
+    When it is killed, so is the other. Returns their statuses and errors.
+    """
+
+    def call(folder, fault="none", count=0):
+        address = faults_common.free_address()
+        with contextlib.ExitStack() as stack:
+            children = []
+            for number in range(2):
+                arguments = address, str(number), str(folder), str(tmp_path / "cache")
+                child = subprocess.Popen(
+                    [sys.executable, "-c", CHILD, *arguments, fault, str(count)],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                )
+                children.append(stack.enter_context(child))
+                stack.callback(child.kill)
+            deadline = time.monotonic() + 300
+            while None in (ended := [child.poll() for child in children]):
+                if time.monotonic() > deadline:
+                    pytest.fail("they wait for each other")
+                if -signal.SIGKILL in ended:
+                    for child in children:
+                        child.kill()
+                time.sleep(0.05)
+            found = [(c.returncode, c.communicate()[1]) for c in children]
+        return zip(*found, strict=True)
+
+    return call
+
+
+def test_killed_stopped_and_resumed_they_end_with_the_same_bits(run, tmp_path):
+    """Runs that each process trains alone, and one that both share."""
+    status, _ = run(tmp_path / "plain", "none, and no checkpoints")
+    assert status == (0, 0)
+    folder = tmp_path / "run"
+    status, _ = run(folder, "kill", 3)
+    assert status == (-signal.SIGKILL,) * 2
+    # The second process saves its own run, too.
+    assert _saved(folder / "spread", "seed-2")
+    status, errors = run(folder, "kill in a write of both", 4)
+    assert status == (-signal.SIGKILL,) * 2, errors
+    for error in errors:
+        (line,) = error.splitlines()
+        assert "is a checkpoint of another run: settings.eps is" in line
+    assert not (folder / "spread" / "checkpoints").exists()
+    # What one process finds damaged, which looks at a part of the files, none uses.
+    newest = _saved(folder / "shared", "seed-0")[-1]
+    _, body = (newest / checkpoints.MANIFEST).read_text().splitlines()
+    damaged = newest / [*json.loads(body)["files"]][1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    # One alone is told to stop, and both do.
+    status, errors = run(folder, "terminate", 1)
+    assert status == (143, 143), errors
+    for error in errors:
+        assert f"{newest} is damaged" in error
+    assert "another process says how" in errors[0]
+    assert f"{damaged.name} is not what was written" in errors[1]
+    assert "Stopped: stopped with another process" in errors[0]
+    status, errors = run(folder)
+    assert (status, errors) == ((0, 0), ("", ""))
+    for where in ("spread", "shared"):
+        ours, theirs = (
+            faults.bits(folder / where),
+            faults.bits(tmp_path / "plain" / where),
+        )
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if ours[name] != theirs[name]] == []
+        assert not (folder / where / "checkpoints").exists()
+
+
+def _saved(folder, run):
+    (place,) = (folder / "checkpoints").glob(f"*/{run}")
+    return sorted(
+        (p for p in place.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+    )

@@ -21,7 +21,12 @@ FROM_REVIEWS = 3072
 """How many words of the vocabulary are the reviews' most frequent ones."""
 PADDING, UNKNOWN = 0, 1
 
-SIZES = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "mlp_size": 512}
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "mlp_size": 512,
+}
 """Of the decoder: 3.7 million parameters, of which 2.1 embed words."""
 
 

@@ -166,6 +166,7 @@ def _run(options: Run, command: str, console: Console) -> None:
             **prepared.evaluation,
             folder=folder,
             save_weights=options.save_weights,
+            rounding_copies=options.rounding_copies,
             **_devices(options),
             checkpoint_every=options.checkpoint_every,
             resume=options.resume,

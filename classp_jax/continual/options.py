@@ -79,6 +79,8 @@ class Run(ExperimentOptions):
 
     save_weights: bool = False
     """Also store the trained weights and optimizer states."""
+    rounding_copies: Annotated[int, Meta(ge=0)] = 0
+    """Copies of each run whose initial weights are moved by a rounding error."""
     checkpoint_every: Annotated[int, Meta(ge=1)] | None = None
     """Save every run after so many steps, and at each task's end, to go on from."""
     resume: bool = False

@@ -96,7 +96,7 @@ def finished(tmp_path_factory):
         *SMALL,
         *("--methods", "sgd", "--method", "heavy=mine:heavy", "--model", "mine:small"),
         *("--set", "model.width=16", "heavy.momentum=0.5", "--seeds", "0"),
-        *("--csv", "--save-weights", "--out", "out"),
+        *("--csv", "--save-weights", "--rounding-copies", "1", "--out", "out"),
         cwd=folder,
     )
     output, errors = child.communicate(timeout=300)
@@ -125,6 +125,7 @@ def test_a_run_leaves_results_pictures_metrics_and_weights(finished):
     assert {"accuracy.png", "matrix.svg", "tradeoff.pdf"} <= names
     runs = {run["method"]: run for run in content(folder)["runs"]}
     assert runs["heavy"]["settings"] == {"learning_rate": 0.05, "momentum": 0.5}
+    assert runs["heavy"]["ulp_spread"] is not None
     assert runs["sgd"]["provenance"]["command"].startswith("classp-jax run --tasks 2")
     assert "width=16" in content(folder)["configuration"]["network"]["name"]
     weights = list((folder / "out" / "weights").glob("heavy-*-0.npz"))

@@ -12,9 +12,10 @@ COLOURS = {
     "LoRA": "#CC79A7",
     "replay of 1 %": "#000000",
     "protect(AdamW), frozen": "#56B4E9",
+    "CLASSP, filled": "#7B2D8B",
     "EWC, merged by importance": "#0072B2",
 }
-"""Okabe and Ito's, of the methods that are drawn in colour; the others are grey."""
+"""Okabe and Ito's and a violet; the methods that are not named here are grey."""
 
 
 def drawn(

@@ -39,6 +39,9 @@ PAIRS = (
     ("protect(EWC, AdamW)", "EWC"),
     ("protect(pull, AdamW)", "L2 to the start"),
     ("CLASSP, filled", "CLASSP, empty"),
+    ("CLASSP, filled", "EWC"),
+    ("CLASSP, filled", "averaging"),
+    ("CLASSP, filled", "replay of 1 %"),
 )
 """What is compared in words."""
 
@@ -233,8 +236,8 @@ def filling(problem: str) -> str:
     fisher = np.median([x["fisher 1"] for x in found])
     return (
         f"{importance:.0f} s for importance and {fisher:.0f} s for one Fisher diagonal "
-        f"(medians of {len(found)} networks, compilation included), beside {run:.0f} s "
-        "for a run of fine-tuning with AdamW and its scores"
+        f"(medians over pretrained networks: {len(found)}; compilation included), "
+        f"beside {run:.0f} s for a run of fine-tuning with AdamW and its scores"
     )
 
 

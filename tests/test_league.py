@@ -33,8 +33,9 @@ def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
         }
         assert not {1000} & set(found["sgd"]["seeds"])
         for name, one in found.items():
-            best = int(np.argmax(one["scores"]))
-            assert one["settings"] == one["candidates"][best], name
+            # Of scores that are alike when rounded, either may be the best.
+            chosen = one["candidates"].index(one["settings"])
+            assert one["scores"][chosen] == max(one["scores"]), name
             assert common(name) or not all(
                 name in runs.methods(other) for other in runs.streams()
             )

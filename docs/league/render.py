@@ -242,6 +242,15 @@ def remedies() -> str:
     return "\n".join(items)
 
 
+def start_without_tuning() -> str:
+    """Code with the setting of `classp-mean` that loses least over all streams."""
+    found, _ = without_tuning.shared_setting("classp-mean", runs.wide())
+    rate, prior = (f"{found[key]:.1g}" for key in ("learning_rate", "prior"))
+    call = f"classp(lambda step: {rate} * (1.0 + step), eps=0.0, prior={prior})"
+    lines = ["import classp_jax", "", f"optimizer = classp_jax.{call}"]
+    return "\n".join(["```python", *lines, "```"])
+
+
 def after_many_tasks(method: str, other: str) -> str:
     """Two methods on the long stream, on new and old tasks, in words."""
     names = {

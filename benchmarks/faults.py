@@ -45,7 +45,7 @@ FAULTS: tuple[tuple[str, Callable[[pathlib.Path], Outcome]], ...] = (
     ("Devices, runs and batches that do not divide", devices.do_not_divide),
     ("Coordinator that cannot be reached", devices.absent_coordinator),
     ("Process that never comes", devices.absent_process),
-    ("Batches that cannot be read on", devices.reader_fails),
+    ("Batches whose source fails halfway", devices.reader_fails),
     ("Training data larger than memory would hold", devices.memory_of_batches),
     ('Batch of NaN, `nonfinite="stop"`', devices.nan_stops),
     ('Batch of NaN, `nonfinite="skip"`', devices.nan_is_skipped),

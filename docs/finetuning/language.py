@@ -21,13 +21,13 @@ FROM_REVIEWS = 3072
 """How many words of the vocabulary are the reviews' most frequent ones."""
 PADDING, UNKNOWN = 0, 1
 
-SIZES: dict[str, Any] = {
+SIZE: dict[str, Any] = {
     "hidden_size": 256,
     "num_layers": 4,
     "num_heads": 4,
     "mlp_size": 512,
 }
-"""Of the decoder: 3.7 million parameters, of which 2.1 embed words."""
+"""Of the decoder: 3.7 million parameters, of which 1.0 embed words."""
 
 
 def words(text: str) -> list[str]:
@@ -98,7 +98,7 @@ def texts(data_dir: pathlib.Path, cache: pathlib.Path) -> dict[str, np.ndarray]:
 def language(name: str, data_dir: pathlib.Path, cache: pathlib.Path) -> Problem:
     """Reviews, then financial sentences; a score is minus the loss a word, in nats."""
     arrays = texts(data_dir, cache)
-    config = LlamaConfig(vocab_size=VOCABULARY, num_kv_heads=4, **SIZES)
+    config = LlamaConfig(vocab_size=VOCABULARY, num_kv_heads=4, **SIZE)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
 
     def init(seed: int) -> Any:

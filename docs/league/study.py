@@ -266,7 +266,7 @@ drawn up when the trials of ``sgd`` and ``classp-window`` from the wide ones wer
 known, of which one in three and one in twenty did."""
 
 
-def named(name: str) -> continual.Method:
+def method_of(name: str) -> continual.Method:
     """A method by its name, the library's or one with a threshold."""
     return THRESHOLDS[name] if name in THRESHOLDS else continual.method(name)
 
@@ -279,13 +279,13 @@ def ranges(name: str) -> dict[str, tuple[float, float]]:
     """
     small = name.split("+")[-1] in SMALL_STEPS
     found = {"learning_rate": (1e-5, 0.1) if small else (1e-4, 1.0)}
-    known = named(name).settings
+    known = method_of(name).settings
     return {key: value for key, value in found.items() if key in known}
 
 
 def fixed(name: str) -> dict[str, float]:
     """A method's settings that are not tuned."""
-    known = named(name).settings
+    known = method_of(name).settings
     values = {"power": 1.0, "threshold": 0.0}
     return {key: value for key, value in values.items() if key in known}
 
@@ -355,7 +355,7 @@ def study(
         tuned = continual.tune(
             smaller,
             protocol.model,
-            {method: named(inner)},
+            {method: method_of(inner)},
             trials=protocol.trials,
             # All at once: no trial depends on how another one did on this stream.
             together=protocol.trials,
@@ -373,7 +373,7 @@ def study(
         continual.run(
             stream,
             protocol.model,
-            {method: named(inner)},
+            {method: method_of(inner)},
             seeds=range(protocol.seeds),
             settings={method: best.settings},
             model_options=network,

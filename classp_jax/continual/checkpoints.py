@@ -5,6 +5,7 @@ step; it gets this name when everything is in it, last of all a manifest with th
 of every file: what the disk, or a copy, has changed since is recognised by that.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import sys
 import threading
@@ -44,6 +46,8 @@ from classp_jax.continual.results.files import write_atomically
 MANIFEST = "classp_jax.manifest"
 """The file with a checkpoint's note, leaves and hashes, and its own in line 1."""
 _SIGNATURE = "classp-jax checkpoint 1"
+_SIGN = "classp_jax.process_"
+"""What a file's name begins with that says that another process wrote its part."""
 
 
 class Restored(NamedTuple):
@@ -277,10 +281,11 @@ def load(found: Checkpoint, like: Any) -> Any:
     stored = {path: leaf for path, leaf in wanted.items() if np.size(leaf)}
     arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
     try:
-        with _quiet(), _checkpointer((jax.process_index(),)) as reader:
+        with _quiet():
             item = dict.fromkeys(stored, 0)
             args = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
-            arrays = reader.restore(found.path, args=args)
+            reader = _handler((jax.process_index(),))
+            arrays = reader.restore(_path(found.path), args=args)
     except Exception as error:
         raise CheckpointError(f"Cannot read {found.path}: {_line(error)}.") from error
     leaves = [as_leaf(leaf, arrays.get(path)) for path, leaf in wanted.items()]
@@ -309,6 +314,8 @@ class _Saving(Future[pathlib.Path]):
 
 _pending: dict[pathlib.Path, _Saving] = {}
 """Of each folder, the last checkpoint that this process has begun."""
+_meetings: collections.Counter[pathlib.Path] = collections.Counter()
+"""How often this process has met others over each folder, so that no name comes twice."""
 
 
 @functools.cache
@@ -352,6 +359,13 @@ def orbax() -> Any:
     return orbax.checkpoint
 
 
+def _path(path: pathlib.Path) -> Any:
+    """A path as Orbax's handlers take it."""
+    from etils import epath  # Comes with Orbax, and imports slowly, too.
+
+    return epath.Path(path)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax's log lines from the user's terminal; its errors are raised."""
@@ -378,18 +392,9 @@ def _together(processes: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(processes)
 
 
-def _checkpointer(processes: tuple[int, ...], name: str | None = None) -> Any:
-    """Orbax's, for these processes; the name tells what they wait for each other for.
-
-    When it is told who they are, they wait at the coordinator. They would otherwise do
-    so by a computation on all devices, which training must not get in between.
-    """
+def _handler(processes: tuple[int, ...]) -> Any:
+    """What reads and writes a tree, in Orbax; it waits for no other process."""
     ocp = orbax()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=processes[0],
-        active_processes={*processes},
-        barrier_sync_key_prefix=name,
-    )
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (
@@ -401,10 +406,12 @@ def _checkpointer(processes: tuple[int, ...], name: str | None = None) -> Any:
             ),
         ),
     )
-    handler = ocp.PyTreeCheckpointHandler(
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=processes[0], active_processes={*processes}
+    )
+    return ocp.PyTreeCheckpointHandler(
         multiprocessing_options=options, type_handler_registry=handlers
     )
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _write(
@@ -414,31 +421,85 @@ def _write(
     arrays: dict[str, Any],
     processes: tuple[int, ...],
 ) -> pathlib.Path:
-    """Writes one checkpoint, and removes those that are not kept."""
+    """Writes one checkpoint, and removes those that are not kept.
+
+    All of the processes meet after each stage, however it went: none waits for one
+    whose disk is full. That one leaves no sign of having written its part; without all
+    signs the first process finishes nothing, and the others miss theirs in the end.
+    """
     step = content["step"]
     final, temporary = folder / str(step), folder / f"{step}.tmp"
     leads = jax.process_index() == processes[0]
-    try:
+    others = {process: f"{_SIGN}{process}" for process in processes[1:]}
+    token = secrets.token_hex()
+    handler = _handler(processes)
+
+    def begin() -> None:
         if leads:
             _remove_unfinished(folder)
-        with _quiet(), _checkpointer(processes, str(final)) as writer:
-            writer.save(temporary, args=orbax().args.PyTreeSave(arrays))
-        if leads:
-            content["files"] = {
-                name: _hash(temporary / name) for name in _files(temporary)
-            }
-            body = json.dumps(content)
-            head = f"{_SIGNATURE} {hashlib.sha256(body.encode()).hexdigest()}"
-            write_atomically(temporary / MANIFEST, f"{head}\n{body}\n".encode())
-            if final.exists():
-                final.rename(folder / f"{step}.replaced.tmp")
-            temporary.rename(final)
-            _prune(folder, step, keep)
+            temporary.mkdir()
+
+    def write_part() -> None:
+        if not temporary.is_dir():
+            raise FileNotFoundError(f"process {processes[0]} could not begin it")
+        with _quiet():
+            handler.save(_path(temporary), args=orbax().args.PyTreeSave(arrays))
+        if not leads:
+            sign = temporary / others[jax.process_index()]
+            sign.write_text(token, encoding="ascii")
+
+    def finish() -> None:
+        if not leads:
+            return
+        for process, sign in others.items():
+            if not (temporary / sign).is_file():
+                raise FileNotFoundError(f"process {process} could not write its part")
+        with _quiet():
+            handler.finalize(_path(temporary))
+        content["files"] = {
+            name: _hash(temporary / name) for name in _files(temporary)
+        }
+        body = json.dumps(content)
+        head = f"{_SIGNATURE} {hashlib.sha256(body.encode()).hexdigest()}"
+        write_atomically(temporary / MANIFEST, f"{head}\n{body}\n".encode())
+        if final.exists():
+            final.rename(folder / f"{step}.replaced.tmp")
+        temporary.rename(final)
+        _prune(folder, step, keep)
+
+    fault: Exception | None = None
+    try:
+        for stage in (begin, write_part, finish):
+            try:
+                if fault is None:
+                    stage()
+            except Exception as error:
+                fault = error
+            _meet(folder, processes)
+        if fault is not None:
+            raise fault
+        if not leads:
+            sign = final / others[jax.process_index()]
+            if not sign.is_file() or sign.read_text(encoding="ascii") != token:
+                raise FileNotFoundError("another process says why")
     except Exception as error:
         if leads:
             _remove_unfinished(folder)
         raise _cannot_write(final, error) from error
     return final
+
+
+def _meet(folder: pathlib.Path, processes: tuple[int, ...]) -> None:
+    """Waits for the others that write into a folder, at the coordinator.
+
+    Not by a computation on devices, which training must not get in between. One that
+    dies ends the wait; a slow disk may take its time.
+    """
+    if len(processes) == 1:
+        return
+    _meetings[folder] += 1
+    wait = orbax().multihost.get_barrier_sync_fn(processes={*processes})
+    wait(key=f"{folder}, {_meetings[folder]}", timeout_ms=3_600_000)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

@@ -90,21 +90,58 @@ os._exit(status)
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Trains in two processes, one of which meets with a fault.
+FULL = """
+import os, resource, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from classp_jax import continual
+from classp_jax.continual.train import hosts
 
-    When it is killed, so is the other. Returns their statuses and errors.
+coordinator, process_id, folder = sys.argv[1:]
+hosts.join(coordinator, 2, int(process_id))
+cut = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+values = np.random.default_rng(0).normal(size=(2, 5000)).astype(np.float32)
+
+def tree(step):
+    array = jax.make_array_from_callback((2, 5000), cut, lambda at: step * values[at])
+    return {"cut": array, "whole": step * values}
+
+for step, full in enumerate(["nobody", "1", "0", "nobody"], 1):
+    if full == process_id:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+    try:
+        continual.save(folder, tree(step), step=step).result()
+    except continual.CheckpointError as error:
+        print(error, file=sys.stderr)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    found = continual.restore(folder, tree(0))
+    cut_there, expected = found.tree["cut"].addressable_data(0), found.step * values
+    np.testing.assert_array_equal(cut_there[0], expected[int(process_id)])
+    np.testing.assert_array_equal(found.tree["whole"], expected)
+    print(found.step, file=sys.stderr)
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def start():
+    """Starts two processes; returns their statuses and errors.
+
+    When one is killed, so is the other.
     """
 
-    def call(folder, fault="none", count=0):
+    def call(program, *arguments):
         address = faults_common.free_address()
         with contextlib.ExitStack() as stack:
             children = []
             for number in range(2):
-                arguments = address, str(number), str(folder), str(tmp_path / "cache")
+                command = [sys.executable, "-c", program, address, str(number)]
                 child = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, *arguments, fault, str(count)],
+                    [*command, *map(str, arguments)],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -124,6 +161,32 @@ def run(tmp_path):
         return zip(*found, strict=True)
 
     return call
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """Trains in two processes, the second of which meets with a fault."""
+
+    def call(folder, fault="none", count=0):
+        return start(CHILD, folder, tmp_path / "cache", fault, count)
+
+    return call
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files there")
+def test_when_the_disk_is_full_for_one_no_other_waits(start, tmp_path):
+    status, errors = start(FULL, tmp_path)
+    assert status == (0, 0), errors
+    lines = [error.splitlines() for error in errors]
+    two, three = (f"Cannot write the checkpoint {tmp_path}/{k}: " for k in (2, 3))
+    full = "File too large."
+    assert lines[0] == [
+        "1", f"{two}process 1 could not write its part.", "1", f"{three}{full}", "1", "4"
+    ]  # fmt: skip
+    assert lines[1] == [
+        "1", f"{two}{full}", "1", f"{three}another process says why.", "1", "4"
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4"]
 
 
 def test_killed_stopped_and_resumed_they_end_with_the_same_bits(run, tmp_path):

@@ -315,7 +315,7 @@ class _Saving(Future[pathlib.Path]):
 _pending: dict[pathlib.Path, _Saving] = {}
 """Of each folder, the last checkpoint that this process has begun."""
 _meetings: collections.Counter[pathlib.Path] = collections.Counter()
-"""How often this process has met others over each folder, so that no name comes twice."""
+"""How often this process has met others over each folder."""
 
 
 @functools.cache
@@ -395,6 +395,9 @@ def _together(processes: Sequence[int] | None) -> tuple[int, ...]:
 def _handler(processes: tuple[int, ...]) -> Any:
     """What reads and writes a tree, in Orbax; it waits for no other process."""
     ocp = orbax()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=processes[0], active_processes={*processes}
+    )
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (
@@ -405,9 +408,6 @@ def _handler(processes: tuple[int, ...]) -> Any:
                 use_replica_parallel=None if len(processes) > 1 else False,
             ),
         ),
-    )
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=processes[0], active_processes={*processes}
     )
     return ocp.PyTreeCheckpointHandler(
         multiprocessing_options=options, type_handler_registry=handlers
@@ -456,9 +456,7 @@ def _write(
                 raise FileNotFoundError(f"process {process} could not write its part")
         with _quiet():
             handler.finalize(_path(temporary))
-        content["files"] = {
-            name: _hash(temporary / name) for name in _files(temporary)
-        }
+        content["files"] = {name: _hash(temporary / name) for name in _files(temporary)}
         body = json.dumps(content)
         head = f"{_SIGNATURE} {hashlib.sha256(body.encode()).hexdigest()}"
         write_atomically(temporary / MANIFEST, f"{head}\n{body}\n".encode())
@@ -498,8 +496,9 @@ def _meet(folder: pathlib.Path, processes: tuple[int, ...]) -> None:
     if len(processes) == 1:
         return
     _meetings[folder] += 1
-    wait = orbax().multihost.get_barrier_sync_fn(processes={*processes})
-    wait(key=f"{folder}, {_meetings[folder]}", timeout_ms=3_600_000)
+    meet = orbax().multihost.get_barrier_sync_fn(processes={*processes})
+    # No name may come twice.
+    meet(key=f"{folder}, {_meetings[folder]}", timeout_ms=3_600_000)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

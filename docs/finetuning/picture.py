@@ -23,6 +23,7 @@ def drawn(
     frontiers: Mapping[str, Sequence[tuple[float, float]]],
     kept: Mapping[str, np.ndarray],
     target: float,
+    seeds: int,
 ) -> Figure:
     """Each method's points (old, new), and what each seed kept at the target."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -46,7 +47,7 @@ def drawn(
         label.set_color(COLOURS.get(label.get_text(), "0.45"))
     unit = " %" if target > 0 else ""  # else hundredths of a nat a word
     left.set(
-        title=f"every setting, one seed, validation data ({problem})",
+        title=f"every setting, mean of {seeds} seeds, test data ({problem})",
         xlabel="new ability",
         ylabel="old ability kept",
     )

@@ -254,16 +254,31 @@ def runs(problem: str) -> int:
     return sum("curve" in line for line in lines(problem))
 
 
+def of_settings(problem: str, method: str) -> list[np.ndarray]:
+    """The curve of each setting on test data, the mean over the seeds; all, or none."""
+    plan = PLANS[problem]
+    settings = [str(s) for s in trials(METHODS[method], plan.trials)]
+    found = {
+        (str(line["settings"]), line["seed"]): line["curve"]
+        for line in trained(problem, "test")
+        if line["method"] == method
+    }
+    if {(s, k) for s in settings for k in plan.seeds} - {*found}:
+        return []
+    return [np.mean([found[s, k] for k in plan.seeds], axis=0) for s in settings]
+
+
 def picture(problem: str) -> Figure:
-    """All trials' frontier on validation data; the chosen ones on test data."""
+    """The frontier of all settings, and what each seed keeps with the chosen ones."""
     target = PLANS[problem].targets[0]
+    points = {name: of_settings(problem, name) for name in METHODS}
     frontiers = {
-        name: frontier([p[1:] for line in made(problem, name) for p in line["curve"]])
-        for name in METHODS
-        if len(made(problem, name)) == PLANS[problem].trials
+        name: frontier([p[1:] for curve in curves for p in curve])
+        for name, curves in points.items()
+        if curves
     }
     kept = {name: of_seeds(problem, name, target) for name in methods(problem)}
-    return drawn(problem, frontiers, kept, target)
+    return drawn(problem, frontiers, kept, target, len(PLANS[problem].seeds))
 
 
 def is_complete(problem: str, method: str) -> bool:

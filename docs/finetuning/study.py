@@ -324,21 +324,32 @@ def cached_knowledge(problem_name: str, seed: int, cache: pathlib.Path) -> Knowl
     return knowledge_of(PROBLEMS[problem_name], seed, cache)
 
 
-def study(
-    problem: Problem, cache: pathlib.Path, names: list[str], report: bool
-) -> None:
-    """Tunes every method, then reports the chosen settings."""
+def study(problem: Problem, cache: pathlib.Path, names: list[str], part: str) -> None:
+    """Tunes every method, then reports the chosen settings, then all the others.
+
+    Args:
+      problem: what is fine-tuned.
+      cache: where pretrained networks are kept.
+      names: the methods.
+      part: where to end: ``tuned``, ``chosen`` or ``all``.
+    """
     PROBLEMS[problem.name] = problem
     plan = PLANS[problem.name]
     for name in names:
         for settings in trials(METHODS[name], plan.trials):
             ensure(problem, cache, name, settings, TUNING_SEED, "validation")
-    if not report:
+    if part == "tuned":
         return
     for seed in plan.seeds:
         for name in names:
             chosen = chosen_trials(read(results_file(problem)), name, plan)
             for settings in {json.dumps(s): s for s in chosen.values()}.values():
+                ensure(problem, cache, name, settings, seed, "test")
+    if part == "chosen":
+        return
+    for seed in plan.seeds:
+        for name in names:
+            for settings in trials(METHODS[name], plan.trials):
                 ensure(problem, cache, name, settings, seed, "test")
 
 
@@ -383,7 +394,13 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=pathlib.Path, default=pathlib.Path("runs/finetuning")
     )
-    parser.add_argument("--tune-only", action="store_true")
+    parser.add_argument(
+        "--part",
+        choices=("tuned", "chosen", "all"),
+        default="chosen",
+        help="where to end: trials on validation data, the settings chosen by them "
+        "with the reported seeds (default), or all settings with these seeds",
+    )
     parser.add_argument("--sources", action="store_true", help="of importance")
     arguments = parser.parse_args()
     # Started again, it compiles nothing that it has compiled before.
@@ -393,7 +410,7 @@ def main() -> None:
     if arguments.sources:
         sources(problem, arguments.cache)
     else:
-        study(problem, arguments.cache, names, not arguments.tune_only)
+        study(problem, arguments.cache, names, arguments.part)
 
 
 if __name__ == "__main__":

@@ -180,12 +180,10 @@ def test_when_the_disk_is_full_for_one_no_other_waits(start, tmp_path):
     lines = [error.splitlines() for error in errors]
     two, three = (f"Cannot write the checkpoint {tmp_path}/{k}: " for k in (2, 3))
     full = "File too large."
-    assert lines[0] == [
-        "1", f"{two}process 1 could not write its part.", "1", f"{three}{full}", "1", "4"
-    ]  # fmt: skip
-    assert lines[1] == [
-        "1", f"{two}{full}", "1", f"{three}another process says why.", "1", "4"
-    ]  # fmt: skip
+    unfinished = f"{two}process 1 could not write its part."
+    unknown = f"{three}another process says why."
+    assert lines[0] == ["1", unfinished, "1", f"{three}{full}", "1", "4"]
+    assert lines[1] == ["1", f"{two}{full}", "1", unknown, "1", "4"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4"]
 
 

@@ -35,6 +35,7 @@ FAULTS: tuple[tuple[str, Callable[[pathlib.Path], Outcome]], ...] = (
     ("SIGKILL of two processes that train together", runs.two_killed),
     ("SIGTERM during training", runs.terminated),
     ("Disk full in the middle of a checkpoint", runs.disk_full),
+    ("Disk full for one of two processes", runs.full_for_one_of_two),
     ("Folder that cannot be written to", runs.not_writable),
     ("Checkpoint of another configuration", runs.other_configuration),
     ("File of a checkpoint cut off", runs.truncated),

@@ -253,6 +253,7 @@ def terminated(folder: pathlib.Path, times: int = 3, **options: Any) -> Outcome:
 TWO = ("--tasks", "2", "--epochs", "20", "--points", "1")
 SPREAD = ("--seeds", "0", "1", "2", "3")
 SHARED = ("--seeds", "0", "1", "--devices-per-run", "4", "--shard-parameters")
+SHARED += ("--max-train", "320")
 
 
 def two_killed(folder: pathlib.Path) -> Outcome:
@@ -260,7 +261,7 @@ def two_killed(folder: pathlib.Path) -> Outcome:
     rng = random.Random(0)
     every = ("--resume", "--checkpoint-every", str(EVERY))
     options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
-    for more, segments in (SPREAD, 10), ((*SHARED, "--max-train", "320"), 5):
+    for more, segments in (SPREAD, 10), (SHARED, 5):
         plain = folder / f"plain-{segments}"
         done = run_in_two(plain, *more, **options)
         expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
@@ -283,6 +284,33 @@ def two_killed(folder: pathlib.Path) -> Outcome:
             else:
                 kills += 1
     return 6, "`--resume` of both goes on and ends with the same bits"
+
+
+def full_for_one_of_two(folder: pathlib.Path) -> Outcome:
+    """Files of one of two processes may not grow, while it saves runs that both share.
+
+    Where one waited for the other, it would do so for minutes.
+    """
+    every = ("--resume", "--checkpoint-every", str(EVERY), *SHARED)
+    options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
+    plain, place, seconds = folder / "plain", folder / "run", []
+    done = run_in_two(plain, *SHARED, **options)
+    expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
+    for of, number in ((0, 0), (1, 1), (0, 2), (1, 3)):
+        began = time.monotonic()
+        done = run_in_two(place, *every, fault=f"limit {number} 0", of=of, **options)
+        seconds.append(time.monotonic() - began)
+        expect([d.returncode for d in done] == [1, 1], [d.stderr for d in done])
+        expect(error_line(done[of]).endswith(": File too large."), done[of].stderr)
+        error_line(done[1 - of])
+    expect(max(seconds) < 120, seconds)
+    done = run_in_two(place, *every, **options)
+    expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
+    expect(bits(place) == bits(plain), "other bits")
+    return len(seconds), (
+        "one line and status 1 in both at the next checkpoint, start and end within "
+        f"{max(seconds):.0f} s; those before are kept, and it goes on to the same bits"
+    )
 
 
 # Mounts a small disk of its own on a folder, fills it, and goes on when it is emptied.

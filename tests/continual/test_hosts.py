@@ -1,11 +1,8 @@
 """Two processes with two devices each do what one process does."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 
 from classp_jax.continual import ContinualError, cli
 from classp_jax.continual.train import hosts
+from tests.continual import forks
 
 CHILD = """
 import os, sys
@@ -94,18 +92,11 @@ def _port():
 
 def _start(tmp_path, processes, cache):
     address = f"127.0.0.1:{_port()}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for number in range(processes):
         folder = tmp_path / f"{processes}-{number}"
         folder.mkdir()
         arguments = address, str(processes), str(number), str(folder), str(cache)
-        yield subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        yield forks.Fork(CHILD, arguments, tmp_path / f"printed-{processes}-{number}")
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
@@ -113,13 +104,11 @@ def test_two_processes_train_what_one_trains(tmp_path):
     children = [*_start(tmp_path, 2, tmp_path), *_start(tmp_path, 1, tmp_path)]
     try:
         for child in children:
-            output, errors = child.communicate(timeout=300)
-            assert child.returncode == 0, errors
-            assert output.endswith("finished\n")
+            assert child.wait(300) == 0, child.errors()
+            assert child.output().endswith("finished\n")
     finally:
         for child in children:
             child.kill()
-            child.communicate()
     first, second, alone = (
         dict(np.load(tmp_path / name))
         for name in ("2-0/0.npz", "2-1/1.npz", "1-0/0.npz")
@@ -174,22 +163,17 @@ time.sleep(10)
 """
 
 
-def _join(coordinator, processes, process_id):
-    return subprocess.Popen(
-        [sys.executable, "-c", JOIN, coordinator, str(processes), str(process_id)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-
-
-def test_those_who_wait_for_a_third_in_vain_say_so_in_one_line():
+def test_those_who_wait_for_a_third_in_vain_say_so_in_one_line(tmp_path):
     """Where JAX would abort them, and take note of SIGTERM without ending."""
     address = f"127.0.0.1:{_port()}"
-    children = [_join(address, 3, 0), _join(address, 3, 1)]
-    children.append(_join(f"127.0.0.1:{_port()}", 1, 0))
-    found = [child.communicate(timeout=300)[1] for child in children]
-    assert [child.returncode for child in children] == [1, 1, 143]
+    joining = [(address, "3", "0"), (address, "3", "1")]
+    joining.append((f"127.0.0.1:{_port()}", "1", "0"))
+    children = [
+        forks.Fork(JOIN, arguments, tmp_path / str(number))
+        for number, arguments in enumerate(joining)
+    ]
+    assert [child.wait(300) for child in children] == [1, 1, 143]
+    found = [child.errors() for child in children]
     assert found[0].startswith(f"waited 2 seconds at {address} for 3 processes")
     # It may have been faster than the first one by more than its patience.
     assert address in found[1]

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import os
+import pathlib
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 
 import faults_common
@@ -13,6 +13,7 @@ import faults_runs as faults
 import pytest
 
 from classp_jax.continual import checkpoints
+from tests.continual import forks
 
 CHILD = """
 import os, signal, sys
@@ -128,7 +129,7 @@ os._exit(0)
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
     """Starts two processes; returns their statuses and errors.
 
     When one is killed, so is the other.
@@ -136,19 +137,13 @@ def start():
 
     def call(program, *arguments):
         address = faults_common.free_address()
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="printed-", dir=tmp_path.parent))
         with contextlib.ExitStack() as stack:
             children = []
             for number in range(2):
-                command = [sys.executable, "-c", program, address, str(number)]
-                child = subprocess.Popen(
-                    [*command, *map(str, arguments)],
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                )
-                children.append(stack.enter_context(child))
-                stack.callback(child.kill)
+                told = [address, str(number), *map(str, arguments)]
+                children.append(forks.Fork(program, told, folder / str(number)))
+                stack.callback(children[-1].kill)
             deadline = time.monotonic() + 300
             while None in (ended := [child.poll() for child in children]):
                 if time.monotonic() > deadline:
@@ -157,8 +152,7 @@ def start():
                     for child in children:
                         child.kill()
                 time.sleep(0.05)
-            found = [(c.returncode, c.communicate()[1]) for c in children]
-        return zip(*found, strict=True)
+        return tuple(ended), tuple(child.errors() for child in children)
 
     return call
 

@@ -1,0 +1,73 @@
+"""Processes that have imported everything when they start: forks of one that has."""
+
+import atexit
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+_METHODS = multiprocessing.get_all_start_methods()
+_CONTEXT = multiprocessing.get_context(
+    "forkserver" if "forkserver" in _METHODS else "spawn"
+)
+if "forkserver" in _METHODS:
+    # No backend of JAX is there before the fork, and no thread.
+    _CONTEXT.set_forkserver_preload(
+        [
+            "jax.experimental.multihost_utils",
+            "orbax.checkpoint",
+            "sklearn.datasets",
+            "sklearn.model_selection",
+            "classp_jax.continual.train.hosts",
+            "classp_jax.continual.train.run",
+        ]
+    )
+
+
+_OUTPUT, _ERRORS = "output", "errors"
+
+
+class Fork:
+    """A process that runs code as ``python -c`` does, and prints into a folder."""
+
+    def __init__(self, code: str, arguments: Sequence[str], folder: pathlib.Path):
+        folder.mkdir()
+        self._folder = folder
+        self._process = _CONTEXT.Process(
+            target=_run, args=(code, list(arguments), str(folder))
+        )
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Its status, once it has ended."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Ends it, if it has not ended."""
+        self._process.kill()
+
+    def wait(self, timeout: float) -> int | None:
+        """Its status when it has ended; None if that takes too long."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def output(self) -> str:
+        """What it has printed."""
+        return (self._folder / _OUTPUT).read_text(encoding="utf-8")
+
+    def errors(self) -> str:
+        """What it has printed as its errors."""
+        return (self._folder / _ERRORS).read_text(encoding="utf-8")
+
+
+def _run(code: str, arguments: list[str], folder: str) -> None:
+    for number, name in ((1, _OUTPUT), (2, _ERRORS)):
+        file = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    sys.argv = ["-c", *arguments]
+    try:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    finally:
+        # A process of multiprocessing leaves them out.
+        atexit._run_exitfuncs()

@@ -19,6 +19,7 @@ if "forkserver" in _METHODS:
             "orbax.checkpoint",
             "sklearn.datasets",
             "sklearn.model_selection",
+            "classp_jax.continual.cli",
             "classp_jax.continual.train.hosts",
             "classp_jax.continual.train.run",
         ]
@@ -33,6 +34,8 @@ class Fork:
 
     def __init__(self, code: str, arguments: Sequence[str], folder: pathlib.Path):
         folder.mkdir()
+        for name in (_OUTPUT, _ERRORS):
+            (folder / name).touch()
         self._folder = folder
         self._process = _CONTEXT.Process(
             target=_run, args=(code, list(arguments), str(folder))
@@ -43,9 +46,15 @@ class Fork:
         """Its status, once it has ended."""
         return self._process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
     def kill(self) -> None:
         """Ends it, if it has not ended."""
         self._process.kill()
+        self._process.join()
 
     def wait(self, timeout: float) -> int | None:
         """Its status when it has ended; None if that takes too long."""
@@ -63,7 +72,7 @@ class Fork:
 
 def _run(code: str, arguments: list[str], folder: str) -> None:
     for number, name in ((1, _OUTPUT), (2, _ERRORS)):
-        file = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT)
+        file = os.open(os.path.join(folder, name), os.O_WRONLY)
         os.dup2(file, number)
     sys.argv = ["-c", *arguments]
     try:

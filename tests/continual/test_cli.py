@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from classp_jax.continual import cli, report, results
 from classp_jax.continual.train.provenance import device_name
+from tests.continual import forks
 
 MINE = """
 import optax
@@ -42,6 +44,7 @@ def unready(learning_rate):
 SMALL = ["--tasks", "2", "--epochs", "1", "--points", "1"]
 
 
+# Ctrl-C reaches it, also where the tests run with it ignored.
 CHILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,36 +57,20 @@ report.write_report = lambda *_: None
 """
 
 
-def start(*arguments, cwd, before=""):
-    """A process that Ctrl-C reaches, also where the tests run with it ignored.
-
-    It keeps compiled code where a user's would.
-    """
-    own = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
-    return subprocess.Popen(
-        [sys.executable, "-c", before + CHILD, *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=inherited | {"XDG_CACHE_HOME": str(cwd / "cache")},
-    )
-
-
 @pytest.fixture
-def process():
-    """Starts processes as :func:`start` does, and leaves none behind."""
+def process(tmp_path):
+    """Starts commands in an empty folder, and leaves none behind."""
     started = []
 
-    def begin(*arguments, **options):
-        started.append(start(*arguments, **options))
+    def begin(*arguments, before=""):
+        code = f"import os; os.chdir({str(tmp_path)!r}){before}{CHILD}"
+        folder = tmp_path / f"printed-{len(started)}"
+        started.append(forks.Fork(code, arguments, folder))
         return started[-1]
 
     yield begin
     for each in started:
         each.kill()
-        each.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +78,26 @@ def finished(tmp_path_factory):
     """A folder in which a run of the user's own model and method has finished."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "mine.py").write_text(MINE)
-    child = start(
+    # It keeps compiled code where a user's would.
+    own = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    arguments = [
         "run",
         *SMALL,
         *("--methods", "sgd", "--method", "heavy=mine:heavy", "--model", "mine:small"),
         *("--set", "model.width=16", "heavy.momentum=0.5", "--seeds", "0"),
         *("--csv", "--save-weights", "--rounding-copies", "1", "--out", "out"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "classp_jax", *arguments],
         cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=inherited | {"XDG_CACHE_HOME": str(folder / "cache")},
     )
-    output, errors = child.communicate(timeout=300)
-    assert child.returncode == 0, errors
-    return folder, output
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 def content(folder):
@@ -308,14 +304,12 @@ def test_a_signal_ends_it_in_one_line(sent, status, said, process, tmp_path):
     child = process(
         *("run", "--tasks", "2", "--seeds", "0", "--methods", "sgd"),
         *("--epochs", "1", "3000", "--points", "1", "--out", "out"),
-        cwd=tmp_path,
     )
-    for line in child.stdout:
-        if "task 1 of 2" in line:
-            break
+    while child.poll() is None and "task 1 of 2" not in child.output():
+        time.sleep(0.05)
     child.send_signal(sent)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == status
+    assert child.wait(120) == status
+    errors = child.errors()
     assert errors.strip().splitlines()[-1].startswith(said)
     assert "Traceback" not in errors
     assert content(tmp_path)["runs"] == []
@@ -324,12 +318,10 @@ def test_a_signal_ends_it_in_one_line(sent, status, said, process, tmp_path):
 def test_two_runs_in_one_folder_both_keep_their_results(process, tmp_path):
     common = [*SMALL, "--seeds", "0", "--out", "out", "--methods"]
     both = [
-        process("run", *common, name, cwd=tmp_path, before=NO_PICTURES)
-        for name in ("sgd", "adam")
+        process("run", *common, name, before=NO_PICTURES) for name in ("sgd", "adam")
     ]
     for child in both:
-        _, errors = child.communicate(timeout=300)
-        assert child.returncode == 0, errors
+        assert child.wait(300) == 0, child.errors()
     assert {run["method"] for run in content(tmp_path)["runs"]} == {"sgd", "adam"}
 
 

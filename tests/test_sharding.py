@@ -49,17 +49,17 @@ def _eight_devices():
 def initial_params() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     return {
-        "kernel": jnp.asarray(rng.normal(size=(12, 16)) / 4, jnp.float32),
+        "kernel": jnp.asarray(np.float32(rng.normal(size=(12, 16)) / 4)),
         "bias": jnp.zeros(16, jnp.float32),
         "temperature": jnp.float32(1.0),
     }
 
 
-def batches() -> tuple[jax.Array, jax.Array]:
+def batches() -> tuple[np.ndarray, np.ndarray]:
     """Inputs [steps, batch, 12] and targets [steps, batch, 16]."""
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(STEPS, 4 * DEVICES, 12)), jnp.float32)
-    y = jnp.asarray(rng.normal(size=(STEPS, 4 * DEVICES, 16)), jnp.float32)
+    x = rng.normal(size=(STEPS, 4 * DEVICES, 12)).astype(np.float32)
+    y = rng.normal(size=(STEPS, 4 * DEVICES, 16)).astype(np.float32)
     return x, y
 
 
@@ -246,6 +246,28 @@ FISHER_LAYOUTS = {
 }
 
 
+def fisher_arguments() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    params = {"first": rng.normal(size=(6, 16)), "second": rng.normal(size=(16, 8))}
+    params = {name: w.astype(np.float32) for name, w in params.items()}
+    x = rng.normal(size=(16, 6)).astype(np.float32)
+    return params, x, np.arange(16, dtype=np.int32) % 8
+
+
+@functools.cache
+def fisher_on_one_device(kind: Any) -> Any:
+    def logits(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["first"]) @ params["second"]
+
+    @jax.jit
+    def fisher(params: Any, x: Any, y: Any) -> Any:
+        return classp_jax.regularizers.fisher_diagonal(
+            logits, params, x, y, kind=kind, batch_size=5, key=jax.random.key(0)
+        )
+
+    return fisher(*fisher_arguments())
+
+
 # Every pair of values.
 @pytest.mark.parametrize(
     ("axis_type", "layout", "jit"),
@@ -260,13 +282,7 @@ FISHER_LAYOUTS = {
     ],
 )
 def test_fisher_of_sharded_examples_and_parameters(axis_type, layout, jit):
-    rng = np.random.default_rng(3)
-    params = {
-        "first": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32),
-        "second": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
-    }
-    x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
-    y = jnp.arange(16, dtype=jnp.int32) % 8
+    params, x, y = fisher_arguments()
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(axis_type,))
     specs = FISHER_LAYOUTS[layout]
 
@@ -281,14 +297,11 @@ def test_fisher_of_sharded_examples_and_parameters(axis_type, layout, jit):
 
     all_kinds = layout == "both" and not jit
     for kind in ("exact", "sampled", "empirical") if all_kinds else ("exact",):
-        fisher: Any = functools.partial(
-            classp_jax.regularizers.fisher_diagonal, kind=kind, batch_size=5
+        expected = fisher_on_one_device(kind)
+        fisher = functools.partial(
+            classp_jax.regularizers.fisher_diagonal, logits, kind=kind, batch_size=5
         )
         key = jax.random.key(0)
-        expected = fisher(
-            lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], params, x, y, key=key
-        )
-        fisher = functools.partial(fisher, logits)
         with jax.set_mesh(mesh):
             sharded = {name: placed(w, specs[name]) for name, w in params.items()}
             arguments = (sharded, placed(x, specs["x"]), placed(y, specs["x"]))
@@ -315,6 +328,29 @@ ACCUMULATING = {
 }
 
 
+def units_gradients() -> list[dict[str, np.ndarray]]:
+    """Shards of very different scale, beside a leaf that every device has."""
+    rng = np.random.default_rng(4)
+    w = rng.normal(size=(3, 16, 5)) * np.exp(np.arange(16.0))[:, None]
+    b = 100 * rng.normal(size=(3, 7))
+    return [
+        {"w": w[t].astype(np.float32), "b": b[t].astype(np.float32)} for t in range(3)
+    ]
+
+
+@functools.cache
+def units_on_one_device(name: str) -> list[Any]:
+    """The state at the start, and the updates and the state after each step."""
+    tx: Any = ACCUMULATING[name]
+    gradients, update = units_gradients(), jax.jit(tx.update)
+    start = jax.jit(tx.init)(gradients[0])
+    found, state = [start], start
+    for g in gradients:
+        updates, state = update(g, state)
+        found.append((updates, state))
+    return found
+
+
 @pytest.mark.parametrize("place", ["jit", "explicit", "shard_map"])
 @pytest.mark.parametrize("name", ACCUMULATING)
 def test_units_are_of_the_whole_leaf(name: str, place: str):
@@ -322,16 +358,9 @@ def test_units_are_of_the_whole_leaf(name: str, place: str):
     kind = AxisType.Auto if place == "jit" else AxisType.Explicit
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(kind,))
     layout = {"w": P("x"), "b": P()}
-    rng = np.random.default_rng(4)
-    # Shards of very different scale, beside a leaf that every device has.
-    g = {
-        "w": rng.normal(size=(3, 16, 5)) * np.exp(np.arange(16.0))[:, None],
-        "b": 100 * rng.normal(size=(3, 7)),
-    }
-    g = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
-    first = jax.tree.map(lambda x: x[0], g)
+    start, *expected = units_on_one_device(name)
     specs = jax.tree.map(
-        lambda leaf: layout["w"] if leaf.shape == (16, 5) else P(), tx.init(first)
+        lambda leaf: layout["w"] if leaf.shape == (16, 5) else P(), start
     )
     update = tx.update
     if place == "shard_map":
@@ -345,11 +374,9 @@ def test_units_are_of_the_whole_leaf(name: str, place: str):
             lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
         )
 
-    state, alone = put(tx.init(first), specs), tx.init(first)
-    for t in range(3):
-        now = jax.tree.map(lambda x, t=t: x[t], g)
+    state = put(start, specs)
+    for now, then in zip(units_gradients(), expected, strict=True):
         with jax.set_mesh(mesh):
             updates, state = update(put(now, layout), state)
-        expected, alone = tx.update(now, alone)
-        assert_close((updates, state), (expected, alone), rtol=1e-5)
+        assert_close((updates, state), then, rtol=1e-5)
         assert updates["w"].sharding.spec[0] == "x"

@@ -6,13 +6,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _METHODS = multiprocessing.get_all_start_methods()
-_CONTEXT = multiprocessing.get_context(
+_CONTEXT: Any = multiprocessing.get_context(
     "forkserver" if "forkserver" in _METHODS else "spawn"
 )
 if "forkserver" in _METHODS:
-    # No backend of JAX is there before the fork, and no thread.
+    # None of these starts a backend of JAX.
     _CONTEXT.set_forkserver_preload(
         [
             "jax.experimental.multihost_utils",

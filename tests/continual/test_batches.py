@@ -12,6 +12,8 @@ import pytest
 from classp_jax import continual
 from classp_jax.continual.train import feed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FEATURES, CLASSES, SIZE, BATCH = 6, 3, 48, 8
 MODEL = (
     lambda key: {"w": 0.3 * jax.random.normal(key, (FEATURES, CLASSES))},

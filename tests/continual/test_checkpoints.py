@@ -1,6 +1,7 @@
 """Saving and restoring: whole or not at all, and going on to the same bits."""
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -17,6 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from classp_jax import continual
 from classp_jax.continual import checkpoints, leaves
 from classp_jax.continual.train import keeper
+from tests.continual import forks
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL: dict[str, Any] = {"seeds": [0, 1], "epochs": 2, "points": 2}
 
@@ -316,6 +320,26 @@ def test_what_cannot_go_on_is_refused_before_training(tmp_path):
         _train(["classp", "sgd"], resume=True, **options)
 
 
+@pytest.fixture
+def _forks(monkeypatch, tmp_path):
+    """The commands that faults happen to are forks."""
+    numbers = itertools.count()
+
+    def python(code, *arguments, within, **variables):
+        assert not within
+        code = f"import os\nos.environ |= {variables!r}\n{code}"
+        folder = tmp_path / f"printed-{next(numbers)}"
+        child = forks.Fork(code, arguments, folder)
+        status = child.wait(300)
+        assert status is not None, "it does not end"
+        return subprocess.CompletedProcess(
+            arguments, status, child.output(), child.errors()
+        )
+
+    monkeypatch.setattr(faults, "python", python)
+
+
+@pytest.mark.usefixtures("_forks")
 def test_killed_and_terminated_it_goes_on_to_the_same_bits(tmp_path):
     experiment = ("--tasks", "2", "--seeds", "0", "--epochs", "6", "--points", "1")
     options = {"methods": ("replay+classp",), "experiment": experiment}

@@ -14,6 +14,8 @@ from classp_jax.continual.train.setup import set_up
 from classp_jax.continual.train.step import make_traced
 from classp_jax.continual.train.track import start_tracks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, DEVICES = 16, 8
 
 

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 
 from classp_jax import continual
 from classp_jax.continual.methods import Problem, method
 from classp_jax.continual.train.plan import Training
 from classp_jax.continual.train.step import make_problem
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CLASSES = 4
 

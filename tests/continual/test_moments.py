@@ -10,6 +10,8 @@ import pytest
 from classp_jax import continual
 from classp_jax.continual.train.moments import Moments
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FEATURES, CLASSES, BATCH, RATE = 5, 3, 8, 0.1
 START = 0.3 * np.random.default_rng(9).normal(size=(FEATURES, CLASSES))
 

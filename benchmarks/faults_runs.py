@@ -293,23 +293,23 @@ def full_for_one_of_two(folder: pathlib.Path) -> Outcome:
     """
     every = ("--resume", "--checkpoint-every", str(EVERY), *SHARED)
     options: dict[str, Any] = {"methods": ("classp",), "experiment": TWO}
-    plain, place, seconds = folder / "plain", folder / "run", []
+    plain, place = folder / "plain", folder / "run"
     done = run_in_two(plain, *SHARED, **options)
     expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
-    for of, number in ((0, 0), (1, 1), (0, 2), (1, 3)):
+    moments = (0, 0), (1, 1), (0, 2), (1, 3)
+    for of, number in moments:
         began = time.monotonic()
         done = run_in_two(place, *every, fault=f"limit {number} 0", of=of, **options)
-        seconds.append(time.monotonic() - began)
+        expect(time.monotonic() - began < 200, "they wait for each other")
         expect([d.returncode for d in done] == [1, 1], [d.stderr for d in done])
         expect(error_line(done[of]).endswith(": File too large."), done[of].stderr)
         error_line(done[1 - of])
-    expect(max(seconds) < 120, seconds)
     done = run_in_two(place, *every, **options)
     expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
     expect(bits(place) == bits(plain), "other bits")
-    return len(seconds), (
-        "one line and status 1 in both at the next checkpoint, start and end within "
-        f"{max(seconds):.0f} s; those before are kept, and it goes on to the same bits"
+    return len(moments), (
+        "one line and status 1 in both at the next checkpoint; those before are kept, "
+        "and both go on to the same bits"
     )
 
 

@@ -37,16 +37,6 @@ SLICES = (
     "v5p:4x4x4",
     "v5p:4x8x8",
 )
-# Whole steps take minutes to compile each: what says most comes first.
-STEPS = (
-    ("7B", "v5e:2x4"),
-    ("7B", "v5p:4x4x4"),
-    ("1B", "v5e:2x4"),
-    ("7B", "v5p:4x8x8"),
-    ("7B", "v5e:8x8"),
-    ("7B", "v5e:16x16"),
-    ("1B", "v5p:2x2x2"),
-)
 BASELINE = "sgd"
 
 
@@ -65,10 +55,9 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 
 def work() -> Iterator[tuple[str, str, str, str]]:
     """What is to be compiled, the quick ones first: part, model, slice, optimizer."""
-    for model, slice_ in itertools.product(MODELS, SLICES):
-        yield from (("update", model, slice_, name) for name in optimizers())
-    for model, slice_ in STEPS:
-        yield from (("step", model, slice_, name) for name in optimizers())
+    for part in ("update", "step"):
+        for model, slice_ in itertools.product(MODELS[::-1], SLICES):
+            yield from ((part, model, slice_, name) for name in optimizers())
 
 
 def compiled(part: str, model: str, slice_: str, name: str) -> Any:

@@ -320,7 +320,6 @@ _meetings: collections.Counter[pathlib.Path] = collections.Counter()
 
 @functools.cache
 def _writer() -> ThreadPoolExecutor:
-    _quiet_about_other_arrays()
     return ThreadPoolExecutor(1, "checkpoints")
 
 
@@ -328,8 +327,8 @@ def _quiet_about_other_arrays() -> None:
     """When one array cannot be written, Orbax is gone before the others are.
 
     They try to tell its event loop, which may be closed, or raise what nobody waits
-    for, and a traceback each is printed; the first one's error is the one that is
-    raised.
+    for, and a traceback each is printed, when it likes; the first one's error is the
+    one that is raised.
     """
     before = sys.unraisablehook
 
@@ -340,10 +339,12 @@ def _quiet_about_other_arrays() -> None:
     def not_orbax(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         ours = any(name in text for name in ("orbax", "OCDBT", "zarr"))
-        return not (ours and "exception was never retrieved" in text)
+        lost = ours and "exception was never retrieved" in text
+        return not (lost or "_SignalingThread.run() raised" in text)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(not_orbax)
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(not_orbax)
 
 
 @functools.cache
@@ -356,6 +357,7 @@ def orbax() -> Any:
             f"{error.name} is not installed; checkpoints need the extra "
             '"continual": pip install "classp-jax[continual]"'
         ) from None
+    _quiet_about_other_arrays()
     return orbax.checkpoint
 
 

@@ -7,6 +7,7 @@ of every file: what the disk, or a copy, has changed since is recognised by that
 
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -46,6 +47,9 @@ from classp_jax.continual.results.files import write_atomically
 MANIFEST = "classp_jax.manifest"
 """The file with a checkpoint's note, leaves and hashes, and its own in line 1."""
 _SIGNATURE = "classp-jax checkpoint 1"
+_UNFINISHED, _REPLACED = ".writing.classp_jax", ".replaced.classp_jax"
+"""What the names end with of a checkpoint that is being written, or is to be removed,
+and of one that another of its step replaces. Nothing else is ever removed."""
 _SIGN = "classp_jax.process_"
 """What a file's name begins with that says that another process wrote its part."""
 
@@ -88,8 +92,9 @@ def save(
     leaves the checkpoints before.
 
     Args:
-      folder: where checkpoints are kept, one folder in it for each; made if need be. No
-        two processes may save into it at once, but together.
+      folder: where checkpoints are kept, one folder in it for each; made if need be.
+        What else is in it stays. No two processes may save into it at once, but
+        together.
       tree: what is to come back: parameters, optimizer state, random keys (typed ones
         too), counters; any pytree of arrays and numbers.
       step: what to call the checkpoint. One of the same step is replaced, and those of
@@ -123,6 +128,10 @@ def save(
     wait(folder)
     orbax()
     leaves = named(tree)
+    if not any(np.size(leaf) for leaf in leaves.values()):
+        raise CheckpointError("There is nothing to save: the tree holds no number.")
+    if not isinstance(note or {}, Mapping):
+        raise CheckpointError(f"The note must be a dictionary, not {note!r}.")
     content = {
         "step": int(step),
         "note": dict(note or {}),
@@ -224,7 +233,8 @@ def find(
     Raises:
       CheckpointError: if there are some, but none that is whole.
     """
-    steps = {number for number in _steps(folder) if step in (None, number)}
+    stored = {n: path for n, path in _stored(folder).items() if step in (None, n)}
+    steps = {*stored}
     devices = [jax.local_devices(process_index=process)[0] for process in processes]
     rank = processes.index(jax.process_index()) if processes else 0
     part = slice(rank, None, max(len(processes), 1))
@@ -235,7 +245,7 @@ def find(
         if number < 0:
             break
         steps = {earlier for earlier in steps if earlier < number}
-        path = folder / str(number)
+        path = stored.get(number, folder / str(number))
         found, fault = None, "another process says how"
         try:
             found = _verified(path, part)
@@ -254,8 +264,7 @@ def find(
         return found
     if faults:
         raise CheckpointError(
-            f"No checkpoint is whole: {'; '.join(faults)}. Remove {folder} to start "
-            "anew."
+            f"No checkpoint is whole: {'; '.join(faults)}. Remove these to start anew."
         )
     if least(-newest, devices) < 1:
         raise CheckpointError(
@@ -430,7 +439,7 @@ def _write(
     signs the first process finishes nothing, and the others miss theirs in the end.
     """
     step = content["step"]
-    final, temporary = folder / str(step), folder / f"{step}.tmp"
+    final, temporary = folder / str(step), folder / f"{step}{_UNFINISHED}"
     leads = jax.process_index() == processes[0]
     others = {process: f"{_SIGN}{process}" for process in processes[1:]}
     token = secrets.token_hex()
@@ -439,6 +448,8 @@ def _write(
     def begin() -> None:
         if leads:
             _remove_unfinished(folder)
+            if final.exists() and not (final / MANIFEST).exists():
+                raise FileExistsError(errno.EEXIST, "Not a checkpoint of ours", final)
             temporary.mkdir()
 
     def write_part() -> None:
@@ -463,7 +474,7 @@ def _write(
         head = f"{_SIGNATURE} {hashlib.sha256(body.encode()).hexdigest()}"
         write_atomically(temporary / MANIFEST, f"{head}\n{body}\n".encode())
         if final.exists():
-            final.rename(folder / f"{step}.replaced.tmp")
+            final.rename(folder / f"{step}{_REPLACED}")
         temporary.rename(final)
         _prune(folder, step, keep)
 
@@ -505,25 +516,37 @@ def _meet(folder: pathlib.Path, processes: tuple[int, ...]) -> None:
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Removes what a process that was killed, or a full disk, has left."""
-    for left in folder.glob("*.tmp*"):  # Orbax's own end like ours.
+    for left in folder.glob(f"*{_UNFINISHED}"):
         shutil.rmtree(left, ignore_errors=True)
+    for replaced in folder.glob(f"*{_REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)  # Killed before the other one was in its place.
 
 
 def _prune(folder: pathlib.Path, step: int, keep: int) -> None:
-    steps = sorted(_steps(folder))
+    steps = sorted(_stored(folder))
     earlier = [number for number in steps if number <= step]
     for number in {*steps} - {*earlier[-keep:]}:
         # Renamed first, so that no half of it is taken for damaged.
-        dropped = folder / f"{number}.removed.tmp"
-        (folder / str(number)).rename(dropped)
-        shutil.rmtree(dropped)
-    for left in folder.glob("*.replaced.tmp"):
-        shutil.rmtree(left)
+        (folder / str(number)).rename(folder / f"{number}{_UNFINISHED}")
+    _remove_unfinished(folder)
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [int(name) for name in names if name.isascii() and name.isdigit()]
+def _stored(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The checkpoints in a folder by their steps; what else is there is not ours."""
+    found = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        number = name.removesuffix(_REPLACED)
+        if (
+            number.isascii()
+            and number.isdigit()
+            and (folder / name / MANIFEST).exists()
+        ):
+            found.setdefault(int(number), folder / name)
+    return found
 
 
 def _files(path: pathlib.Path) -> list[str]:

@@ -140,6 +140,7 @@ GOOD = next(_data())
         (_reader(GOOD[0].astype(int), GOOD[1]), "inputs int64"),
         (_reader(GOOD[0], GOOD[1] + 1), "labels from .* there are 3 outputs"),
         (_reader(GOOD[0], GOOD[1] + 0.5), "labels must be integers, a batch has float"),
+        (_reader(GOOD[0], np.eye(3)[GOOD[1]]), r"one number for each example, .* 3\]"),
         (lambda rng: iter([GOOD[0]]), r"must be a pair \(x, y\), got ndarray"),
     ],
 )
@@ -150,6 +151,36 @@ def test_bad_batches_are_one_line(read, words):
     with pytest.raises(continual.ContinualError, match=words) as error:
         _run(stream, ["sgd"])
     assert "\n" not in str(error.value)
+
+
+def test_a_reader_that_ends_the_process_ends_training():
+    def read(rng):
+        raise SystemExit(3)
+        yield
+
+    stream = continual.stream_of_batches(
+        [(read, *GOOD[2:])], examples=SIZE, num_classes=CLASSES
+    )
+    with pytest.raises(SystemExit):
+        _run(stream, ["sgd"])
+
+
+def test_an_empty_batch_changes_nothing():
+    def with_empty_ones(rng):
+        for x, y in _reader(*GOOD[:2])(rng):
+            yield x[:0], y[:0]
+            yield x, y
+
+    plain, other = (
+        _run(
+            continual.stream_of_batches(
+                [(read, *GOOD[2:])], examples=SIZE, num_classes=CLASSES
+            ),
+            ["ewc+classp"],
+        )
+        for read in (_reader(*GOOD[:2]), with_empty_ones)
+    )
+    np.testing.assert_equal(plain.runs[0].matrix, other.runs[0].matrix)
 
 
 def test_what_needs_all_data_is_refused_before_training():

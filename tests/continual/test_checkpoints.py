@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import faults_runs as faults
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -79,8 +81,7 @@ def test_old_checkpoints_and_those_gone_back_behind_are_removed(tmp_path):
         continual.save(tmp_path, np.arange(3), step=step).result()
     assert kept() == [20, 30]
     # Those that a killed process was writing, before and after the last one's end.
-    (tmp_path / "40.tmp").mkdir()
-    (tmp_path / "40.tmp.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "40.writing.classp_jax").mkdir()
     assert continual.restore(tmp_path, np.arange(3)).step == 30
     continual.save(tmp_path, np.arange(3) + 5, step=20).result()
     assert kept() == [20]
@@ -142,6 +143,9 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
         (lambda: continual.save(tmp_path, 1, step=1, note={"a": {1}}), "JSON"),
         (lambda: continual.save(tmp_path / "file", 1, step=1), "Cannot write"),
         (lambda: continual.restore(tmp_path / "none", 1), "no checkpoint in"),
+        (lambda: continual.save(tmp_path, (), step=1), "nothing to save"),
+        (lambda: continual.save(tmp_path, np.zeros(0), step=1), "nothing to save"),
+        (lambda: continual.save(tmp_path, 1.0, step=1, note=[1]), "be a dictionary"),
         (lambda: continual.restore(tmp_path, 1, step=-3), "step must be a whole"),
         (lambda: continual.restore(tmp_path, 1, step=3), "no checkpoint of step 3"),
     ]
@@ -163,6 +167,52 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
     assert continual.restore(tmp_path, np.arange(3)).step == 1
     continual.save(tmp_path, np.arange(3), step=4)
     assert continual.restore(tmp_path, np.arange(3)).step == 4
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path):
+    for name in ("2024", "notes.tmp", "7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("all of it")
+    for step in (1, 2, 3, 2):
+        continual.save(tmp_path, np.arange(3), step=step).result()
+    with pytest.raises(
+        continual.CheckpointError, match=r"/7: Not a checkpoint of ours"
+    ):
+        continual.save(tmp_path, np.arange(3), step=7).result()
+    assert continual.restore(tmp_path, np.arange(3)).step == 2
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["2", "2024", "7", "notes.tmp"]
+    for name in ("2024", "notes.tmp", "7"):
+        assert (tmp_path / name / "thesis.txt").read_text() == "all of it"
+
+
+class Killed(BaseException):
+    """Comes where a process would end."""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_a_step_is_replaced_it_keeps_one_of_the_two(
+    renames, tmp_path, monkeypatch
+):
+    continual.save(tmp_path, np.arange(3), step=0).result()
+    left, rename = [renames], pathlib.Path.rename
+
+    def dying(path, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "rename", dying)
+        with pytest.raises(Killed):
+            continual.save(tmp_path, np.arange(3) + 1, step=0).result()
+    for _ in range(2):
+        found = continual.restore(tmp_path, np.arange(3))
+        assert (found.step, found.tree.tolist()) == (0, [0, 1, 2])
+    continual.save(tmp_path, np.arange(3) + 2, step=0).result()
+    assert continual.restore(tmp_path, np.arange(3)).tree.tolist() == [2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]
 
 
 FULL = """
@@ -255,6 +305,28 @@ def _broken_off(after):
             raise Interrupted
 
     return call
+
+
+def test_another_transformation_of_the_same_name_is_another_method(tmp_path):
+    """Its numbers are in a closure, where no setting tells them."""
+    found = {}
+    for rate in (1e-3, 1e-1, 1e-3):
+        results = _train({"mine": optax.sgd(rate)}, folder=tmp_path)
+        found.setdefault(rate, len(results.runs))
+    assert len(results.runs) == 2 * found[1e-3]
+    texts = {run.settings["transformation"] for run in results.runs}
+    assert len(texts) == 2
+    place = tmp_path / "interrupted"
+    with pytest.raises(Interrupted):
+        _train(
+            {"mine": optax.sgd(1e-3)},
+            folder=place,
+            checkpoint_every=3,
+            on_metrics=_broken_off(2),
+        )
+    with pytest.raises(continual.ContinualError, match=r"settings\.transformation is"):
+        _train({"mine": optax.sgd(1e-1)}, folder=place, resume=True)
+    _train({"mine": optax.sgd(1e-3)}, folder=place, resume=True)
 
 
 def test_interrupted_again_and_again_it_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """Methods put together: an optimizer, and what stands in front of it."""
 
+import functools
+import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import classp_jax
@@ -90,7 +94,8 @@ def from_optax(
     Args:
       make: ``make(**settings)`` returns a gradient transformation. It is called with
         traced numbers while the step is compiled. Or a ready transformation, whose
-        numbers are fixed then.
+        numbers are fixed then; results tell it from others of its name by what it
+        computes.
       settings: the numbers that ``make`` takes, each a :class:`Setting` (with a range,
         so that it can be tuned) or a plain default.
       name: what results call the method.
@@ -111,6 +116,7 @@ def from_optax(
       >>> method.settings["learning_rate"].default
       0.1
     """
+    fingerprint = None
     if isinstance(make, optax.GradientTransformation):
         if settings:
             raise ContinualError(
@@ -119,6 +125,7 @@ def from_optax(
             )
         ready = make
         make = lambda: ready  # noqa: E731
+        fingerprint = functools.partial(_fingerprint, ready)
     described = {
         key: value if isinstance(value, Setting) else Setting(float(value))
         for key, value in (settings or {}).items()
@@ -127,7 +134,27 @@ def from_optax(
         inspect.signature(make).bind(**described)
     except TypeError as error:
         raise ContinualError(f"method {name!r}: {error}") from error
-    return compose(name, Part(summary, described, make), ())
+    made = compose(name, Part(summary, described, make), ())
+    return made._replace(fingerprint=fingerprint)
+
+
+def _fingerprint(tx: optax.GradientTransformation, params: Any) -> str:
+    """A hash of what a transformation computes from gradients; empty if it wants more.
+
+    Of the program with all its numbers, which a closure holds and no name tells.
+    """
+
+    def first_update(gradients: Any, params: Any) -> Any:
+        return tx.update(gradients, tx.init(params), params)
+
+    try:
+        program = jax.make_jaxpr(first_update)(params, params)
+    except Exception:
+        return ""  # Training will say what is wrong.
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)).encode())
+    for number in program.consts:
+        digest.update(np.asarray(number).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def compose(

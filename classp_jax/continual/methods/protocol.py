@@ -123,3 +123,6 @@ class Method(NamedTuple):
     """``plan(plan)``: another plan of training, such as all tasks' data at once."""
     parts: tuple[str, ...] = ()
     """Of a method named ``a+b``, the names whose settings it shares."""
+    fingerprint: Callable[[Any], str] | None = None
+    """``fingerprint(params)``: what tells it from another of the same name, where its
+    settings do not, for weights of these shapes. Results store it as a setting."""

@@ -142,6 +142,9 @@ class Feed:
             )
             wrapped.__cause__ = error
             self._give(wrapped)
+        except BaseException as error:
+            # Such as SystemExit: training would wait for ever.
+            self._give(error)
 
     def _give(self, item: Any) -> bool:
         while not self._closed.is_set():
@@ -209,6 +212,11 @@ class Feed:
             )
         x, y = (np.asarray(part) for part in given)
         shape, dtype = self._example.shape, self._example.dtype
+        if y.ndim == 0 or y.size != len(y):
+            raise ContinualError(
+                f"{self._name}: labels must be one number for each example, a batch "
+                f"has {list(y.shape)}"
+            )
         if x.dtype.kind != dtype.kind or x.size != len(y) * math.prod(shape):
             raise ContinualError(
                 f"{self._name}: a batch has inputs {x.dtype} {list(x.shape)} and "
@@ -241,7 +249,7 @@ class _Kept:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         if x.dtype.kind == "f":
-            finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+            finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x, y = x[finite], y[finite]
         position = self.seen + np.arange(len(y))
         place = np.where(

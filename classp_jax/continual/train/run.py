@@ -163,6 +163,10 @@ def run(
         **options,
     )
     configuration = setup.configuration
+    known_by = {
+        name: _known_by(setup.experiment, method, resolved[name])
+        for name, method in chosen.items()
+    }
     weights = None
     if initial_weights is not None:
         weights, digest = _starting_weights(setup.experiment, initial_weights)
@@ -180,26 +184,26 @@ def run(
         for name in chosen:
             keeper = keepers[name] = Keeper(
                 folder_of(folder, name),
-                {"settings": resolved[name], "configuration": configuration},
+                {"settings": known_by[name], "configuration": configuration},
                 every=checkpoint_every,
                 resume=resume,
             )
 
     def check_all() -> str:
         for name, keeper in keepers.items() if is_first() else ():
-            if _missing(setup.experiment, name, resolved[name], results):
+            if _missing(setup.experiment, name, known_by[name], results):
                 keeper.check()
             else:
                 keeper.remove_finished(_seeds_of(setup.experiment))
         return ""
 
     each(check_all)
-    todo = _compiled(setup.experiment, chosen, resolved, results)
+    todo = _compiled(setup.experiment, chosen, resolved, known_by, results)
     for name, (method, experiment) in todo.items():
         if folder is not None:
             # Another process may have added it meanwhile.
             there = by_first(lambda: load(folder))
-            remaining = _missing(experiment, name, resolved[name], there)
+            remaining = _missing(experiment, name, known_by[name], there)
             if remaining is None:
                 continue
             experiment = remaining
@@ -218,7 +222,10 @@ def run(
                 keeper=keeper,
             )
         origin = provenance(command)
-        runs = tuple(dataclasses.replace(r, provenance=origin) for r in runs)
+        runs = tuple(
+            dataclasses.replace(r, settings=known_by[name], provenance=origin)
+            for r in runs
+        )
         params = {
             (name, experiment.plans[j].seed): Trained(state.params, state.method)
             for (_, j), state in states.items()
@@ -228,7 +235,7 @@ def run(
             results = results.add(added)
         else:
             results = dataclasses.replace(
-                by_first(functools.partial(_save, added, resolved[name], folder)),
+                by_first(functools.partial(_save, added, known_by[name], folder)),
                 params=results.params | params,
             )
             if keeper is not None:
@@ -241,6 +248,16 @@ def _save(
 ) -> Results:
     _save_weights(added.params, settings, pathlib.Path(folder, "weights"))
     return added.save(folder)
+
+
+def _known_by(
+    experiment: Experiment, method: Method, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings, and what else tells the method from another of its name."""
+    if method.fingerprint is None:
+        return dict(settings)
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    return {**settings, "transformation": method.fingerprint(params)}
 
 
 def _seeds_of(experiment: Experiment) -> list[int]:
@@ -284,12 +301,13 @@ def _compiled(
     experiment: Experiment,
     methods: Mapping[str, Method],
     settings: Mapping[str, Mapping[str, Any]],
+    known_by: Mapping[str, Mapping[str, Any]],
     results: Results,
 ) -> dict[str, tuple[Method, Experiment]]:
     """The methods with seeds left to train, all compiled, side by side."""
     todo = {}
     for name, method in methods.items():
-        remaining = _missing(experiment, name, settings[name], results)
+        remaining = _missing(experiment, name, known_by[name], results)
         if remaining is not None:
             todo[name] = (method, remaining)
     if todo:

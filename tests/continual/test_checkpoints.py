@@ -137,6 +137,7 @@ def test_what_the_page_says_of_damaged_and_other_trees(fault, tmp_path):
 
 def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    bad: Any = [1]
     cases = [
         (lambda: continual.save(tmp_path, 1, step=-1), "step must be a whole"),
         (lambda: continual.save(tmp_path, "text", step=1), "arrays and numbers"),
@@ -145,7 +146,7 @@ def test_what_cannot_be_saved_or_found_is_refused_in_one_line(tmp_path, monkeypa
         (lambda: continual.restore(tmp_path / "none", 1), "no checkpoint in"),
         (lambda: continual.save(tmp_path, (), step=1), "nothing to save"),
         (lambda: continual.save(tmp_path, np.zeros(0), step=1), "nothing to save"),
-        (lambda: continual.save(tmp_path, 1.0, step=1, note=[1]), "be a dictionary"),
+        (lambda: continual.save(tmp_path, 1.0, step=1, note=bad), "be a dictionary"),
         (lambda: continual.restore(tmp_path, 1, step=-3), "step must be a whole"),
         (lambda: continual.restore(tmp_path, 1, step=3), "no checkpoint of step 3"),
     ]

@@ -193,7 +193,8 @@ def memory_of_batches(
     tenth = tasks // 10
     (early, early_peak), (last, peak) = found[tenth - 1], found[-1]
     task = steps * BATCH * FEATURES * 4 / 1e6
-    expect(peak - early_peak < (tasks - tenth) * task / 4, found)
+    # A leak of 4 % of 100 tasks would be seen.
+    expect(peak - early_peak < min((tasks - tenth) * task / 4, 150), found)
     return 1, (
         f"{tasks} tasks, {tasks * task / 1e3:.1f} GB in all, `replay+classp`: "
         f"{early:,.0f} MB in memory after task {tenth} and {last:,.0f} MB after task "

@@ -68,7 +68,7 @@ def test_your_own_model_optimizer_and_method(digits, tmp_path):
         assert 0 < run.seconds < math.inf
         assert run.provenance.versions["jax"] == jax.__version__
         assert run.parameters == 650
-    assert not results.runs[0].settings
+        assert [*results.runs[0].settings] == ["transformation"]
     results.save(tmp_path)
     assert {r.method for r in continual.load(tmp_path).runs} == {
         "mine",

@@ -22,6 +22,9 @@ PLANS = {
     "language": Plan((-540.0,), 5.0, trials=6),
 }
 
+SOURCES = {"fashion": "protect(AdamW), frozen", "language": "CLASSP, filled"}
+"""With which method importance from other sources is tried."""
+
 TUNING_SEED = 1000
 
 OLD_EXAMPLES = 1000

@@ -15,7 +15,7 @@ from curves import chosen_trials, frontier, kept_at, read
 from matplotlib.figure import Figure
 from methods import METHODS, OURS, trials
 from picture import drawn
-from plan import OLD_EXAMPLES, PLANS, TUNING_SEED
+from plan import OLD_EXAMPLES, PLANS, SOURCES, TUNING_SEED
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
 
@@ -210,8 +210,7 @@ def against(problem: str, target: float, method: str, reference: str) -> str:
 
 def sources(problem: str, target: float) -> str:
     """What importance from other sources is worth."""
-    method = "protect(AdamW), frozen"
-    usual = of_seeds(problem, method, target)
+    usual = of_seeds(problem, SOURCES[problem], target)
     groups: dict[str, dict[int, float]] = {}
     for line in lines(problem):
         if "importance" in line:

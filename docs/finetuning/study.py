@@ -24,7 +24,7 @@ import optax
 from curves import chosen_trials, read
 from language import language
 from methods import METHODS, Knowledge, low_rank_factors, trials, with_low_rank
-from plan import OLD_EXAMPLES, PLANS, TUNING_SEED
+from plan import OLD_EXAMPLES, PLANS, SOURCES, TUNING_SEED
 from problems import Problem, images, picked, pretrained
 
 import classp_jax
@@ -356,10 +356,11 @@ def study(problem: Problem, cache: pathlib.Path, names: list[str], part: str) ->
 def sources(problem: Problem, cache: pathlib.Path) -> None:
     """Importance from less old data, from more, and from none."""
     PROBLEMS[problem.name] = problem
-    name, plan = "protect(AdamW), frozen", PLANS[problem.name]
+    name, plan = SOURCES[problem.name], PLANS[problem.name]
     chosen = chosen_trials(read(results_file(problem)), name, plan)
     settings = chosen[max(chosen)]
     done = {(r.get("importance"), r.get("seed")) for r in read(results_file(problem))}
+    measured_once: dict[tuple[str, int], tuple[Any, float]] = {}
     for seed in plan.seeds:
         knowledge = cached_knowledge(problem.name, seed, cache)
         old = problem.old.train
@@ -372,13 +373,18 @@ def sources(problem: Problem, cache: pathlib.Path) -> None:
         for label, examples in make.items():
             if (label, seed) in done:
                 continue
-            start = time.perf_counter()
-            importance = (
-                measured(problem, knowledge.params, examples())
-                if examples
-                else finetune.importance_from_magnitude(knowledge.params)
-            )
-            seconds = round(time.perf_counter() - start, 2)
+            # Seeds may begin with the same network.
+            key = label, problem.seeds[seed]
+            if key not in measured_once:
+                start = time.perf_counter()
+                importance = (
+                    measured(problem, knowledge.params, examples())
+                    if examples
+                    else finetune.importance_from_magnitude(knowledge.params)
+                )
+                seconds = round(time.perf_counter() - start, 2)
+                measured_once[key] = importance, seconds
+            importance, seconds = measured_once[key]
             other = knowledge._replace(importance=importance)
             found = run(problem, name, settings, seed, other, "test", cache)
             add(problem, found | {"importance": label, "filling_seconds": seconds})

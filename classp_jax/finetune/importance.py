@@ -137,8 +137,10 @@ def importance_from_magnitude(params: Any) -> Any:
 
     over all :math:`n` weights, so that the mean is 1 and ``eps`` of
     :func:`classp_jax.protect` counts in means. It says only that large weights were
-    made large for a reason. Measured old data are worth far more: see
-    ``docs/finetuning.md``. Put it into a state with :func:`put_importance`.
+    made large for a reason. In the one comparison that was made, on images, no
+    difference to 1,000 old examples was found: -1.2 (-6.6 to +4.2) points were kept
+    more than with these; see ``docs/finetuning.md``. Put it into a state with
+    :func:`put_importance`.
 
     Args:
       params: the pretrained weights, a tree of real floats, or NNX's variables.

@@ -120,7 +120,9 @@ def scale_by_generalized_adagrad(
     smallest normal number counts as 0 and gives no step; one that overflows to infinity
     gives no step from then on (at ``power=4`` in float32 a single gradient above 4e9
     does that). A NaN or infinite gradient shows as NaN in the update, and poisons the
-    accumulator unless ``optax.apply_if_finite`` stands around the transform.
+    accumulator unless ``optax.apply_if_finite`` stands around the transform, with a
+    ``max_consecutive_errors`` that is never reached, such as ``2**31 - 1``: it lets
+    the step after that many bad ones through.
     Derivatives through the update are finite, and those of the formula where it has
     any; at a gradient of exactly 0 that is :math:`(\varepsilon + A)^{-1/p}`.
 

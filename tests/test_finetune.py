@@ -123,6 +123,43 @@ def test_flax_nnx_lora():
     assert sum(float(leaf.sum()) for leaf in leaves) > 0
 
 
+class InTraining(nnx.Module):
+    """What changes in training: dropout's counts and running statistics."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(4, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.second(self.dropout(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_flax_nnx_in_training_mode(per_example):
+    model: Any = InTraining(nnx.Rngs(0))
+    model.norm.bias[...] = jnp.ones(16)  # all that is left of a single example
+    before = jax.tree.map(str, nnx.to_pure_dict(nnx.state(model)))
+    first, again, _ = found = list(
+        finetune.gradients(
+            lambda model, batch: mean_square(model(batch[0]), batch[1]),
+            model,
+            [BATCHES[0], BATCHES[0], BATCHES[1]],
+            per_example=per_example,
+        )
+    )
+    kernels = np.concatenate([np.atleast_3d(g.second.kernel[...]) for g in found])
+    assert np.isfinite(kernels).all()
+    # What was dropped in one batch or example is not in the others.
+    assert not np.array_equal(first.second.kernel[...], again.second.kernel[...])
+    if per_example:
+        drops = (kernels == 0).all(-1)
+        assert len({tuple(drop) for drop in drops}) == len(drops) == 10
+    # The module's statistics and counts stay what they were.
+    assert jax.tree.map(str, nnx.to_pure_dict(nnx.state(model))) == before
+
+
 def test_flax_linen():
     model = nn.Dense(3)
     state = TrainState.create(
@@ -188,6 +225,17 @@ def test_gradient_accumulation_goes_around():
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
     expected, _ = protected().update(mean, alone, PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_the_optimizer_inside_gradient_accumulation_is_filled():
+    """As docs/your-own-loop.md shows: the same as put in from outside."""
+    tx: Any = optax.MultiSteps(protected(), 2).gradient_transformation()
+    state = tx.init(PARAMS)._replace(inner_opt_state=filled(protected()))
+    importance = classp_jax.accumulators(filled(protected()))
+    chex.assert_trees_all_equal(
+        state, finetune.put_importance(tx.init(PARAMS), importance)
+    )
 
 
 @pytest.mark.usefixtures("lenient")
@@ -411,6 +459,68 @@ def test_a_crash_while_writing_leaves_what_stood_there(tmp_path, monkeypatch):
         finetune.save_importance(file, filled(tx), PARAMS)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("name", ["ckpt", "ckpt/model.safetensors", "ckpt/deep"])
+def test_what_is_no_importance_is_never_replaced(name, tmp_path):
+    """Neither weights nor a folder that holds anything else, however deep."""
+    (tmp_path / "ckpt" / "deep" / "er").mkdir(parents=True)
+    save_file({"w": WEIGHTS}, tmp_path / "ckpt" / "model.safetensors")
+    (tmp_path / "ckpt" / "deep" / "er" / "notes").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=f"{name} is no importance") as raised:
+        finetune.save_importance(tmp_path / name, filled(protected()), PARAMS)
+    assert "\n" not in str(raised.value)
+    assert contents(tmp_path) == before
+
+
+def test_importance_with_a_foreign_file_in_it_is_not_replaced(tmp_path):
+    tx = protected()
+    finetune.save_importance(tmp_path / "a", filled(tx), PARAMS)
+    (tmp_path / "a" / "d" / "notes").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="a is no importance"):
+        finetune.save_importance(tmp_path / "a", tx.init(PARAMS), PARAMS)
+    assert contents(tmp_path) == before
+    finetune.load_importance(tmp_path / "a", tx.init(PARAMS))
+
+
+def test_an_empty_folder_and_a_link_are_replaced(file):
+    """What a link leads to stays."""
+    tx = protected()
+    if not file.suffix:
+        file.mkdir()
+    finetune.save_importance(file, filled(tx), PARAMS)
+    link = file.with_name(f"link{file.suffix}")
+    link.symlink_to(file)
+    finetune.save_importance(link, tx.init(PARAMS), PARAMS)
+    assert not link.is_symlink()
+    chex.assert_trees_all_equal(
+        finetune.load_importance(file, tx.init(PARAMS)), filled(tx)
+    )
+
+
+def test_a_failure_before_the_new_folder_stands_leaves_the_old(tmp_path, monkeypatch):
+    tx, folder = protected(), tmp_path / "a"
+    finetune.save_importance(folder, filled(tx), PARAMS)
+    before = contents(tmp_path)
+    rename, failed = pathlib.Path.rename, []
+
+    def fails_once(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target == folder and not failed:
+            failed.append(source)
+            raise OSError("disk full")
+        return rename(source, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails_once)
+    with pytest.raises(OSError, match="disk full"):
+        finetune.save_importance(folder, tx.init(PARAMS), PARAMS)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_states_without_accumulators():

@@ -100,6 +100,9 @@ def test_networks_that_are_not_ours_are_refused(tmp_path):
         (llama_config, {"attention_bias": True, "rope_scaling": yarn},
          "does not have: attention_bias, rope_type yarn"),
         (llama_config, {"sliding_window": 4096}, "does not have: sliding_window"),
+        (llama_config, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+         "llama3, and does not give low_freq_factor, high_freq_factor, "
+         "original_max_position_embeddings"),
         (bert_config, {"model_type": "bert", "hidden_act": "relu"}, "hidden_act relu"),
         (bert_config, {"model_type": "bert", "hidden_act": "gelu",
          "position_embedding_type": "relative_key"}, "relative_key"),

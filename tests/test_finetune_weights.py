@@ -202,6 +202,57 @@ def test_what_is_written_has_the_bits_that_were_read(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again, read)
 
 
+def test_no_stale_weights_stay_beside_the_new_ones(tmp_path):
+    def written(value: float, max_bytes: int) -> set[str]:
+        tensors = {"a": jnp.full(8, value), "b": jnp.full(8, value)}
+        weights.write(tmp_path, tensors, table, max_bytes=max_bytes)
+        again = weights.read(tmp_path, tensors, table)
+        jax.tree.map(np.testing.assert_array_equal, again, tensors)
+        return {file.name for file in tmp_path.iterdir()} - others
+
+    table = {"a": layouts.same("a"), "b": layouts.same("b")}
+    others = {"config.json", "model.importance.safetensors", "model-1-of-2.safetensors"}
+    for name in others:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    index = "model.safetensors.index.json"
+    shards = {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert written(1.0, 1_000) == {"model.safetensors"}
+    assert written(2.0, 32) == shards | {index}
+    (tmp_path / "model-00003-of-00003.safetensors").write_text("stale")
+    assert written(3.0, 32) == shards | {index}
+    assert written(4.0, 1_000) == {"model.safetensors"}
+    assert {(tmp_path / name).read_text() for name in others} == {"mine"}
+
+
+def test_what_breaks_while_writing_leaves_what_stood_there(tmp_path, monkeypatch):
+    params = {"a": jnp.ones(8), "b": jnp.ones(8)}
+    table = {"a": layouts.same("a"), "b": layouts.same("b")}
+    save = weights.save_file
+
+    def fails_at_the_second(tensors: Any, file: Any, **settings: Any) -> None:
+        if "b" in tensors:
+            raise OSError("disk full")
+        save(tensors, file, **settings)
+
+    for max_bytes in (1_000, 32):
+        weights.write(tmp_path, params, table, max_bytes=max_bytes)
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        other = jax.tree.map(jnp.zeros_like, params)
+        with monkeypatch.context() as patched:
+            patched.setattr(weights, "save_file", fails_at_the_second)
+            with pytest.raises(OSError, match="disk full"):
+                weights.write(tmp_path, other, table, max_bytes=32)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_is_missing_is_made(tmp_path):
+    params, table = {"a": jnp.ones(8)}, {"a": layouts.same("a")}
+    for name in ("new/deep", "another/one.safetensors"):
+        weights.write(tmp_path / name, params, table)
+        found = weights.read(tmp_path / name, params, table)
+        np.testing.assert_array_equal(found["a"], params["a"])
+
+
 def test_numbers_take_the_dtype_and_the_tree_of_the_parameters(tmp_path):
     half = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3) / 7
     save_file({"w": half}, tmp_path / "half.safetensors")
@@ -356,8 +407,13 @@ def test_damaged_files_and_indices_are_refused_in_one_line(tmp_path):
         index.write_text(text, encoding="utf-8")
         refused(tmp_path / "many", ValueError, "is no index of safetensors files")
     name = "model.norm.weight"
-    quantized = llama_file(tmp_path, changes={name: torch.zeros(16, dtype=torch.int8)})
-    refused(quantized, ValueError, f"{name} is of dtype int8")
+    for dtype, theirs in (
+        (torch.int8, "I8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ):
+        quantized = llama_file(tmp_path, changes={name: torch.zeros(16, dtype=dtype)})
+        refused(quantized, ValueError, f"{name} is of dtype {theirs}; .* not quantized")
 
 
 def test_sizes_that_cannot_be_are_refused():

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from classp_jax import finetune
+
 FOLDER = pathlib.Path(__file__).parents[1] / "docs/finetuning"
 
 
@@ -27,6 +29,14 @@ def curves(render):
 def test_the_page_is_its_template_with_the_stored_runs(render):
     template = render.TEMPLATE.read_text(encoding="utf-8")
     assert render.render(template) == render.PAGE.read_text(encoding="utf-8")
+
+
+def test_what_is_said_of_magnitudes_is_what_was_measured(render):
+    text = str(finetune.importance_from_magnitude.__doc__)
+    (said,) = re.findall(r"[-+]\d+\.\d+ \(.*?\)(?= points)", text)
+    table = render.sources("fashion", render.PLANS["fashion"].targets[-1])
+    (measured,) = [row for row in table.split("\n") if "magnitude" in row]
+    assert measured.endswith(f"| {said} |")
 
 
 def test_no_result_in_the_template_is_typed(render):

@@ -264,6 +264,31 @@ def test_bfloat16_is_read_and_written_bit_for_bit():
     assert torch.equal(back["model_state_dict"]["w"], weight)
 
 
+def test_parameters_and_tensors_in_place_of_numbers():
+    """A state dict may hold ``nn.Parameter``; PyTorch takes a tensor for ``lr``."""
+    dtypes = (torch.float32, torch.bfloat16)
+    weights = [torch.nn.Parameter(torch.randn(2, 3, dtype=d)) for d in dtypes]
+    optimizer = PublishedClassp(weights, **HYPERPARAMS)
+    saved = {
+        "model_state_dict": dict(zip("ab", weights, strict=True)),
+        "optimizer_state_dict": optimizer.state_dict(),
+    }
+    (group,) = saved["optimizer_state_dict"]["param_groups"]
+    group |= {"lr": torch.tensor(0.25), "apply_scaling": torch.tensor(True)}
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    like = {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 2), jnp.bfloat16)}
+    found = torch_state.read(file, like, {"a": dense("a"), "b": dense("b")})
+    for name, weight in saved["model_state_dict"].items():
+        np.testing.assert_array_equal(
+            found.params[name].astype(jnp.float32), weight.detach().float().numpy().T
+        )
+    assert found.hyperparams["learning_rate"] == 0.25
+    assert found.hyperparams["scaling"] is True
+    classp_jax.classp_published(**found.hyperparams).init(found.params)
+
+
 def test_everything_that_does_not_fit_is_named_at_once(trained):
     network, optimizer = trained
     model = network.state_dict()
@@ -309,6 +334,7 @@ def test_files_of_another_kind_are_refused_in_one_line(trained, tmp_path, monkey
     files = {
         "truncated": whole[: len(whole) // 2],
         "empty": b"",
+        "text": b"epoch 3\n",
         "code": {"model_state_dict": {}, "optimizer_state_dict": Harmful()},
         "weights": trained[0].state_dict(),
         "adam": {"model_state_dict": {}, "optimizer_state_dict": adam.state_dict()},
@@ -316,6 +342,7 @@ def test_files_of_another_kind_are_refused_in_one_line(trained, tmp_path, monkey
     messages = {
         "truncated": "is damaged",
         "empty": "is damaged",
+        "text": "is damaged",
         "code": "no code in it was run",
         "weights": "no checkpoint of the published class.*Found: tokens.weight",
         "adam": "written by another optimizer: .* no threshold, power, epsilon",

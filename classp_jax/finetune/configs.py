@@ -41,12 +41,12 @@ def llama_config(path: str | os.PathLike[str], **changes: Any) -> LlamaConfig:
     )
     scaling = None
     if rope_type == "llama3":
-        scaling = RopeScaling(
-            factor=rope["factor"],
-            low_frequency_factor=rope["low_freq_factor"],
-            high_frequency_factor=rope["high_freq_factor"],
-            original_length=rope["original_max_position_embeddings"],
-        )
+        absent = [name for name in _ROPE_SCALING if rope.get(name) is None]
+        if absent:
+            raise ValueError(
+                f"{path} has rope_type llama3, and does not give {', '.join(absent)}."
+            )
+        scaling = RopeScaling(*(rope[name] for name in _ROPE_SCALING))
     theta = rope.get("rope_theta", found.get("rope_theta", 10_000.0))
     fields = {
         "vocab_size": found["vocab_size"],
@@ -105,6 +105,15 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
+)
+
+
+# In the order of the fields of RopeScaling.
+_ROPE_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
 )
 
 

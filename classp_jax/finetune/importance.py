@@ -1,6 +1,7 @@
 """Importance: measured on old data, saved beside a checkpoint, put into a state."""
 
 import importlib
+import json
 import os
 import pathlib
 import shutil
@@ -27,6 +28,8 @@ from classp_jax.importance import accumulators
 from classp_jax.importance._states import accumulators_in, map_accumulators
 
 _FORMAT = "classp_jax importance 1"
+# In a folder: its format, and which files were written.
+_MARK = "classp_jax_importance.json"
 
 
 def gradients(
@@ -48,7 +51,10 @@ def gradients(
     Args:
       loss: ``(params, batch) -> scalar``, the mean over the batch, as in training.
       params: the pretrained weights, any tree of floats; or a Flax NNX module, which
-        the loss then takes in their place.
+        the loss then takes in their place. It stays as it is, also in training mode:
+        dropout draws anew for each batch, or example, and running statistics are not
+        updated. ``BatchNorm`` that normalises over a single example leaves nothing to
+        measure: with ``per_example`` let it use its running statistics.
       batches: anything that yields batches, each an array or a tree of arrays with the
         examples along the first axis.
       per_example: whether to take the gradient of every example by itself, which the
@@ -77,26 +83,39 @@ def gradients(
       >>> print(classp_jax.accumulators(state))
       [2. 0.]
     """
-    of_tree: Any = loss
+    of_tree: Any = lambda params, batch, _: loss(params, batch)  # noqa: E731
     if _is_nnx_module(params):
         from flax import nnx
 
         graph, params, rest = nnx.split(params, wrt or nnx.Param, ...)
 
-        def of_parts(params: Any, batch: Any) -> Any:
-            return loss(nnx.merge(graph, params, rest), batch)
+        def with_draw(variable: Any, draw: Any) -> Any:
+            if not isinstance(variable, nnx.RngKey):
+                return variable
+            fold = jnp.vectorize(jax.random.fold_in)
+            return variable.replace(fold(variable.get_value(), draw))
+
+        def of_parts(params: Any, batch: Any, draw: Any) -> Any:
+            drawn = jax.tree.map(
+                lambda variable: with_draw(variable, draw),
+                rest,
+                is_leaf=lambda node: isinstance(node, nnx.Variable),
+            )
+            # A copy: in training mode a module changes its counts and statistics.
+            return loss(nnx.merge(graph, params, drawn, copy=True), batch)
 
         of_tree = of_parts
 
     float_arrays(unwrapped(params), "parameter")
 
-    def of_one(params: Any, example: Any) -> Any:
-        return of_tree(params, jax.tree.map(lambda x: x[None], example))
+    def of_one(params: Any, example: Any, draw: Any) -> Any:
+        return of_tree(params, jax.tree.map(lambda x: x[None], example), draw)
 
     if per_example:
-        gradient = jax.jit(jax.vmap(jax.grad(of_one), in_axes=(None, 0)))
+        gradient = jax.jit(jax.vmap(jax.grad(of_one), in_axes=(None, 0, 0)))
     else:
         gradient = jax.jit(jax.grad(of_tree))
+    drawn = 0
     for number, batch in enumerate(batches):
         lengths = {(*jnp.shape(x), 0)[0] for x in jax.tree.leaves(batch)}
         if len(lengths) != 1 or lengths == {0}:
@@ -104,7 +123,10 @@ def gradients(
                 f"In batch {number} the arrays have {sorted(lengths)} examples along "
                 "their first axes; one number above 0 is needed."
             )
-        yield gradient(params, batch)
+        count = lengths.pop() if per_example else 1
+        draws = np.arange(drawn, drawn + count, dtype=np.uint32)
+        drawn += count
+        yield gradient(params, batch, draws if per_example else draws[0])
 
 
 def importance_from_magnitude(params: Any) -> Any:
@@ -115,8 +137,10 @@ def importance_from_magnitude(params: Any) -> Any:
 
     over all :math:`n` weights, so that the mean is 1 and ``eps`` of
     :func:`classp_jax.protect` counts in means. It says only that large weights were
-    made large for a reason. Measured old data are worth far more: see
-    ``docs/finetuning.md``. Put it into a state with :func:`put_importance`.
+    made large for a reason. In the one comparison that was made, on images, no
+    difference to 1,000 old examples was found: -1.2 (-6.6 to +4.2) points were kept
+    more than with these; see ``docs/finetuning.md``. Put it into a state with
+    :func:`put_importance`.
 
     Args:
       params: the pretrained weights, a tree of real floats, or NNX's variables.
@@ -201,7 +225,7 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
     Args:
       file: ``NAME.safetensors`` for one file, whose tensors are named by their paths,
         such as ``encoder/kernel``; any other name for a folder that Orbax writes, each
-        process its own shards. What stands there is replaced.
+        process its own shards. Importance that stands there is replaced, nothing else.
       importance: an optimizer state with accumulators, or a tree like ``params``.
       params: the weights of the checkpoint. Where a state is masked, its own part of
         them is saved.
@@ -209,6 +233,9 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
     Raises:
       ValueError: if names or shapes differ from those of ``params`` (all differences
         are named), or if a number is NaN, infinite or negative. Nothing is written.
+      FileExistsError: if something else stands there, be it one file in a folder of
+        importance. Nothing is written.
+      FileNotFoundError: if there is no folder to write into.
       ImportError: if ``safetensors`` or ``orbax-checkpoint`` is missing.
 
     Example:
@@ -237,6 +264,11 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
     target = pathlib.Path(file).absolute()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write into.")
+    if not _is_replaceable(target):
+        raise FileExistsError(
+            f"{target} is no importance that save_importance wrote, or holds other "
+            "files too: it is left as it is. Take another name, or remove it."
+        )
     # Written beside it and moved: a crash leaves what stood there.
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -249,8 +281,9 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
             orbax = _imported("orbax.checkpoint", "orbax-checkpoint")
             with orbax.StandardCheckpointer() as checkpointer:
                 checkpointer.save(part, wide)
-            _remove(target)
-            part.rename(target)
+            mark = {"format": _FORMAT, "files": sorted(_files_in(part))}
+            (part / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+            _swap(part, target)
     finally:
         _remove(part)
 
@@ -393,8 +426,50 @@ def _imported(module: str, package: str) -> Any:
         ) from error
 
 
+def _is_replaceable(target: pathlib.Path) -> bool:
+    """Whether nothing is there but what :func:`save_importance` wrote."""
+    if not os.path.lexists(target):
+        return True
+    try:
+        if target.is_dir():
+            found = _files_in(target)
+            if not found:
+                return True
+            mark = json.loads((target / _MARK).read_text(encoding="utf-8"))
+            return mark["format"] == _FORMAT and found <= {_MARK, *mark["files"]}
+        safetensors = _imported("safetensors", "safetensors")
+        with safetensors.safe_open(target, framework="numpy") as opened:
+            return (opened.metadata() or {}).get("format") == _FORMAT
+    except ImportError:
+        raise
+    except Exception:  # Whatever a foreign file makes its reader raise.
+        return False
+
+
+def _files_in(folder: pathlib.Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _swap(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts the new folder in the target's place; where that fails, the old one back."""
+    old = target.with_name(f"{new.name}.old")
+    if os.path.lexists(target):
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    _remove(old)
+
+
 def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

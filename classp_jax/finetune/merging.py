@@ -25,6 +25,11 @@ def merge(
 ) -> Any:
     r"""Goes from old weights to fine-tuned ones, less far where the old ones matter.
 
+    ``old`` are the weights :math:`w_\text{old}` before fine-tuning, ``new`` those after
+    it, :math:`w_\text{new}`, and ``importance`` says of each weight how much it matters
+    to the old data, :math:`A`. ``eps`` is the :math:`\varepsilon` that :math:`A` is
+    measured against, ``power`` the :math:`p` of the sums in it:
+
     .. math::
       w = w_\text{old} + \left( \frac{\varepsilon}{\varepsilon + A} \right)^{1/p}
       (w_\text{new} - w_\text{old})

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,9 @@ from classp_jax.torch_state.layouts import (
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What NumPy, with JAX's bfloat16, can hold; float8 comes with scales of its own.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read(path: str | os.PathLike[str], params: Any, table: Table) -> Any:
@@ -66,7 +70,7 @@ def read(path: str | os.PathLike[str], params: Any, table: Table) -> Any:
             leaves,
             table,
             shapes,
-            lambda name: holders[name].get_tensor(name),
+            lambda name: _tensor(holders[name], name, path),
             str(path),
         )
     return with_leaves(params, {places[name][0]: x for name, x in found.items()})
@@ -81,11 +85,15 @@ def write(
 ) -> None:
     """Writes parameters as safetensors files that :func:`read` and others read.
 
-    Each is complete before it replaces one of its name.
+    All are complete before the first replaces one of its name. What an earlier call
+    left in the folder under other names of the scheme (``model.safetensors``,
+    ``model-00001-of-00002.safetensors``, the index) is then removed, or it would be
+    read in place of these.
 
     Args:
       path: a file, ``….safetensors``, or a folder, for several files with an index
-        where one would be larger than ``max_bytes``.
+        where one would be larger than ``max_bytes``. A folder that is not there is
+        made.
       params: the parameters, such as ``nnx.state(model, nnx.Param)``; written in their
         own dtypes.
       table: as for :func:`read`. Tensors that it leaves out are not written.
@@ -105,22 +113,29 @@ def write(
         )
     tensors = tensors_of(leaves, table)
     if path.suffix == ".safetensors":
-        _save(path, tensors)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(path.parent, {path.name: tensors})
         return
     path.mkdir(parents=True, exist_ok=True)
     parts = _split(tensors, max_bytes)
-    if len(parts) == 1:
-        _save(path / _FILE, tensors)
-        (path / _INDEX).unlink(missing_ok=True)
-        return
-    weight_map = {}
-    for number, names in enumerate(parts, start=1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        _save(path / file, {name: tensors[name] for name in names})
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _replace(path / _INDEX, lambda file: file.write_text(json.dumps(index, indent=2)))
+    index = None
+    files = {_FILE: tensors}
+    if len(parts) > 1:
+        files = {
+            f"model-{number:05}-of-{len(parts):05}.safetensors": {
+                name: tensors[name] for name in names
+            }
+            for number, names in enumerate(parts, start=1)
+        }
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, held in files.items() for name in held}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _save(path, files, index)
+    written = {*files, _INDEX} if index else {*files}
+    for file in path.iterdir():
+        in_scheme = file.name in (_FILE, _INDEX) or _SHARD.fullmatch(file.name)
+        if in_scheme and file.name not in written:
+            file.unlink()
 
 
 def _is_lora(place: str) -> bool:
@@ -172,6 +187,16 @@ def _opened(file: pathlib.Path, stack: contextlib.ExitStack) -> Any:
         ) from error
 
 
+def _tensor(file: Any, name: str, path: Any) -> Any:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _FLOATS:
+        raise ValueError(
+            f"{path}: tensor {name} is of dtype {dtype}; {', '.join(_FLOATS)} can be "
+            "read, not quantized weights."
+        )
+    return file.get_tensor(name)
+
+
 def _split(tensors: dict[str, Any], max_bytes: int) -> list[list[str]]:
     """The tensors' names, file by file."""
     parts: list[list[str]] = [[]]
@@ -185,15 +210,18 @@ def _split(tensors: dict[str, Any], max_bytes: int) -> list[list[str]]:
     return parts
 
 
-def _save(file: pathlib.Path, tensors: dict[str, Any]) -> None:
-    # Other libraries ask in which framework the layouts are at home.
-    _replace(file, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-
-
-def _replace(file: pathlib.Path, write: Any) -> None:
-    new = file.with_name(f"{file.name}.part")
+def _save(folder: pathlib.Path, files: dict[str, Any], index: Any = None) -> None:
+    """All files, and then the index, complete before the first of them is replaced."""
+    names = [*files, _INDEX] if index else [*files]
+    parts = {name: folder / f"{name}.part" for name in names}
     try:
-        write(new)
-        new.replace(file)
+        for name, tensors in files.items():
+            # Other libraries ask in which framework the layouts are at home.
+            save_file(tensors, parts[name], metadata={"format": "pt"})
+        if index:
+            parts[_INDEX].write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for name, part in parts.items():
+            part.replace(folder / name)
     finally:
-        new.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)

@@ -34,7 +34,6 @@ Reading and writing files needs ``torch``; it is imported only then.
 """
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -130,7 +129,9 @@ def read(
     return Checkpoint(
         params=with_leaves(params, weights),
         accumulators=with_leaves(params, accumulators),
-        hyperparams={ours: group[theirs] for ours, theirs in _HYPERPARAMS.items()},
+        hyperparams={
+            ours: _to_number(group[theirs]) for ours, theirs in _HYPERPARAMS.items()
+        },
         names=order,
     )
 
@@ -195,11 +196,11 @@ def _loaded(file: Any, label: str) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    # What PyTorch raises for a damaged file depends on where it breaks off.
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    # What PyTorch raises depends on the byte that it cannot make sense of.
+    except Exception as error:
         raise ValueError(
-            f"{label} is damaged, or holds more than tensors and numbers: nothing was "
-            "read, and no code in it was run."
+            f"{label} is damaged, not a file of PyTorch's, or holds more than tensors "
+            "and numbers: nothing was read, and no code in it was run."
         ) from error
 
 
@@ -257,9 +258,14 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     if isinstance(tensor, np.ndarray):
         return tensor
     torch = _torch()
+    tensor = tensor.detach()  # nn.Parameter
     if tensor.dtype == torch.bfloat16:  # NumPy has it from JAX only.
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
+
+
+def _to_number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value  # lr may be a tensor
 
 
 def _to_torch(array: np.ndarray) -> Any:

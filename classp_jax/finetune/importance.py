@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 
 from classp_jax._arrays import (
     float_arrays,
@@ -270,22 +271,17 @@ def save_importance(file: str | os.PathLike[str], importance: Any, params: Any) 
             "files too: it is left as it is. Take another name, or remove it."
         )
     # Written beside it and moved: a crash leaves what stood there.
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        if target.suffix == ".safetensors":
-            numpy_files = _imported("safetensors.numpy", "safetensors")
-            arrays = {n: np.ascontiguousarray(a) for n, a in wide.items()}
+    if target.suffix == ".safetensors":
+        numpy_files = _imported("safetensors.numpy", "safetensors")
+        arrays = {n: np.ascontiguousarray(a) for n, a in wide.items()}
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
             numpy_files.save_file(arrays, part, metadata={"format": _FORMAT})
             part.replace(target)
-        else:
-            orbax = _imported("orbax.checkpoint", "orbax-checkpoint")
-            with orbax.StandardCheckpointer() as checkpointer:
-                checkpointer.save(part, wide)
-            mark = {"format": _FORMAT, "files": sorted(_files_in(part))}
-            (part / _MARK).write_text(json.dumps(mark), encoding="utf-8")
-            _swap(part, target)
-    finally:
-        _remove(part)
+        finally:
+            _remove(part)
+    else:
+        _save_folder(target, wide)
 
 
 def load_importance(
@@ -338,6 +334,28 @@ def load_importance(
         lambda path, _: found[path_name(path)], expected
     )
     return put_importance(state, tree, strength=strength)
+
+
+def _save_folder(target: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Writes a folder; of several processes, the first puts it in its place."""
+    orbax = _imported("orbax.checkpoint", "orbax-checkpoint")
+    alone = jax.process_count() == 1
+    # One name for all processes.
+    part = target.with_name(
+        f".{target.name}.{uuid.uuid4().hex if alone else 'writing'}"
+    )
+    try:
+        with orbax.StandardCheckpointer() as checkpointer:
+            checkpointer.save(part, arrays, force=not alone)
+        if jax.process_index() == 0:
+            mark = {"format": _FORMAT, "files": sorted(_files_in(part))}
+            (part / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+            _swap(part, target)
+    finally:
+        if jax.process_index() == 0:
+            _remove(part)
+        if not alone:
+            multihost_utils.sync_global_devices(f"importance in {target}")
 
 
 def _read_orbax(source: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from classp_jax import continual
+import classp_jax
+from classp_jax import continual, finetune
 from classp_jax.continual.train import hosts
 
 coordinator, process_id, folder = sys.argv[1:]
@@ -124,6 +125,16 @@ for step, full in enumerate(["nobody", "1", "0", "nobody"], 1):
     np.testing.assert_array_equal(cut_there[0], expected[int(process_id)])
     np.testing.assert_array_equal(found.tree["whole"], expected)
     print(found.step, file=sys.stderr)
+# Importance is a folder of all processes, too, that may be written again.
+params = {"cut": tree(1)["cut"]}
+tx = classp_jax.classp(0.1)
+for factor in (2, 3):
+    importance = {"cut": abs(tree(factor)["cut"])}
+    finetune.save_importance(f"{folder}-importance", importance, params)
+    loaded = finetune.load_importance(f"{folder}-importance", tx.init(params))
+    found = classp_jax.accumulators(loaded)["cut"].addressable_data(0)
+    np.testing.assert_array_equal(found[0], abs(factor * values[int(process_id)]))
+    print(f"importance {factor}", file=sys.stderr)
 sys.stderr.flush()
 os._exit(0)
 """
@@ -177,8 +188,9 @@ def test_when_the_disk_is_full_for_one_no_other_waits(start, tmp_path):
     full = "File too large."
     unfinished = f"{two}process 1 could not write its part."
     unknown = f"{three}another process says why."
-    assert lines[0] == ["1", unfinished, "1", f"{three}{full}", "1", "4"]
-    assert lines[1] == ["1", f"{two}{full}", "1", unknown, "1", "4"]
+    rest = ["4", "importance 2", "importance 3"]
+    assert lines[0] == ["1", unfinished, "1", f"{three}{full}", "1", *rest]
+    assert lines[1] == ["1", f"{two}{full}", "1", unknown, "1", *rest]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4"]
 
 

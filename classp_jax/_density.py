@@ -157,12 +157,8 @@ def _masked(
         levels = jax.tree.map(lambda _: mean, levels)
     roots = jax.tree.map(lambda g: jnp.sqrt(magnitude(g)), fixed)
     roots = _means(roots, levels, per_leaf)
-    keep = jax.tree.map(
-        lambda g, root, level: _exceeds_multiple(g, root, d, level),
-        fixed,
-        roots,
-        levels,
-    )
+    exceeds = functools.partial(_exceeds_multiple, d)
+    keep = jax.tree.map(exceeds, fixed, roots, levels)
     # Bytes, as XLA's CPU compiler would store the numbers to sum as wide as the sum.
     shares = jax.tree.map(lambda k: jnp.where(k, np.uint8(1), np.uint8(0)), keep)
     shares = _means(shares, levels, per_leaf)
@@ -178,7 +174,7 @@ def _masked(
 
 
 def _exceeds_multiple(
-    g: jax.Array, root: jax.Array, d: jax.Array, level: jax.Array
+    d: jax.Array, g: jax.Array, root: jax.Array, level: jax.Array
 ) -> jax.Array:
     """Where ``|g|`` is above the threshold, given the mean of square roots."""
     factor = jnp.log(1 / jnp.maximum(d, jnp.finfo(d.dtype).tiny)) / _ROOT_MEAN

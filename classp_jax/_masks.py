@@ -95,8 +95,7 @@ def mask_by_threshold(
     """
     threshold = non_negative("threshold", threshold, schedule=True)
 
-    def init(params: optax.Params) -> MaskByThresholdState:
-        del params
+    def init(_: optax.Params) -> MaskByThresholdState:
         return MaskByThresholdState(count=jnp.zeros([], jnp.int32))
 
     def step(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:

@@ -97,8 +97,8 @@ class _SumOfMagnitudes(Accumulation):
         return size
 
     @staticmethod
-    def stored(a: jax.Array, term: jax.Array, dtype: Any, *_: Any) -> jax.Array:
-        return (a + term).astype(dtype)
+    def stored(_: Any, a: jax.Array, term: jax.Array, like: Any, leaf: int) -> Any:
+        return (a + term).astype(like.dtype)
 
 
 def _any_nonzero_square(g: jax.Array) -> jax.Array:

@@ -400,6 +400,39 @@ def test_injecting_keeps_the_power_and_small_numbers():
     assert "power" in free.init(g).hyperparams
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(classp_jax.inject_hyperparams(classp_jax.classp), 0.1),
+        classp_jax.inject_hyperparams(classp_jax.scale_by_generalized_adagrad),
+        functools.partial(
+            classp_jax.inject_hyperparams(classp_jax.protect), optax.sgd(0.1)
+        ),
+        functools.partial(
+            classp_jax.inject_hyperparams(classp_jax.classp, fixed=()), 0.1
+        ),
+    ],
+    ids=["classp", "scale_by_generalized_adagrad", "protect", "nothing fixed"],
+)
+def test_an_injected_dtype_is_no_schedule(build):
+    """``jnp.bfloat16`` can be called, which makes a schedule of it elsewhere."""
+    g = jnp.ones(3)
+    for dtype in (jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16)):
+        tx: Any = build(accumulator_dtype=dtype)
+        state = tx.init(g)
+        assert "accumulator_dtype" not in state.hyperparams
+        _, state = jax.jit(tx.update)(g, state)
+        assert classp_jax.accumulators(state).dtype == jnp.bfloat16
+
+
+def test_a_dtype_that_optax_took_for_a_schedule_is_refused():
+    tx = optax.inject_hyperparams(classp_jax.classp)(
+        0.1, accumulator_dtype=jnp.bfloat16
+    )
+    with pytest.raises(TypeError, match="accumulator_dtype must be"):
+        tx.init(jnp.ones(3))
+
+
 # Derivatives through the update.
 
 RATE, EPS = 0.3, 0.2

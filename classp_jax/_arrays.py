@@ -14,6 +14,11 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_name(path: Any) -> str:
+    """The leaf with its place, for a message; a bare array has none."""
+    return f"leaf '{path_name(path)}'" if path else "array"
+
+
 def working_dtype(leaf: Any) -> np.dtype:
     """The real dtype to compute in: the leaf's, float32 if that is narrower."""
     # NumPy's promotion, which works in JAX's strict mode too.
@@ -48,8 +53,8 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
             accepted = False
         if not accepted:
             raise TypeError(
-                f"{what} leaf '{path_name(path)}' is of type {dtype}; {needed} leaves "
-                "are needed. Keep others out of the optimizer with optax.masked or "
+                f"{what} {leaf_name(path)} is of type {dtype}; {needed} leaves are "
+                "needed. Keep others out of the optimizer with optax.masked or "
                 "optax.partition."
             )
         # A ShapeDtypeStruct, which init may be given, is not to become an array.
@@ -125,8 +130,8 @@ def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> N
     def check(path: Any, leaf: Any, like: Any) -> None:
         if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(
-                f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
-                f"{jnp.shape(like)} is needed."
+                f"In the {what}, the {leaf_name(path)} has shape {jnp.shape(leaf)}, "
+                f"but {jnp.shape(like)} is needed."
             )
 
     jax.tree_util.tree_map_with_path(check, tree, reference)

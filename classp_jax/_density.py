@@ -48,22 +48,22 @@ def mask_to_density(
     r"""Keeps the larger gradients, such that a given share of the weights moves.
 
     For gradients whose scale nobody knows: instead of a threshold on the gradient, name
-    the share of weights to move. In each step the threshold is a multiple of
-    the size of this step's gradients, so a factor on all gradients of a step changes
-    nothing, however much it differs from step to step:
+    the share of weights to move, ``density`` :math:`d`, for each leaf or (``per_leaf``)
+    for all together. In each step the threshold is a multiple :math:`y_t` of the size
+    of this step's gradients, so a factor on all of them changes nothing; ``rate``
+    :math:`\eta` is how fast that multiple follows the share seen:
 
     .. math::
       |g_t| > \frac{4}{\pi} \, \overline{\sqrt{|g_t|}}^{\,2} \,
       \log\frac{1}{d} \; \max(y_t, 0)^4
 
     With :math:`y = 1`, where it starts, the share is :math:`d` if magnitudes are
-    exponentially distributed. It follows the share :math:`d_t` seen, by
+    exponentially distributed. When a step has moved a share :math:`d_t`,
 
     .. math::
       y_{t+1} = y_t + \frac{\eta}{8}\, \frac{d_t - d}{d (1 - d)}
 
-    but not below :math:`-\eta / 8 (1 - d)`. The mean of square roots is one that a few
-    outliers do not move.
+    but not below :math:`-\eta / 8 (1 - d)`. Outliers hardly move a mean of roots.
 
     **What is guaranteed.** What a step moves too much, later ones move less. Whatever
     the gradients are, as long as at least a share :math:`d` of them is nonzero, after

@@ -343,14 +343,13 @@ def scaled(
         return kept(accepted, g)
     dtype = np.promote_types(working_dtype(g), a.dtype)
     base = a.astype(dtype) + cast(eps, dtype)
-    # A NaN or infinite gradient is to show.
-    idle = jnp.isfinite(g) & ((base < jnp.finfo(dtype).tiny) | (base == np.inf))
-    # No division by 0 or infinity, also where its result would be left out: its
-    # derivative is not.
-    base = jnp.where(idle, jnp.ones_like(base), base)
+    empty = base < jnp.finfo(dtype).tiny
+    # No division by 0, also where its result would be left out: its derivative is not.
+    base = jnp.where(empty, jnp.ones_like(base), base)
     wide = g.astype(np.promote_types(g.dtype, dtype))
     quotient = divide_by_root(wide, base, power).astype(g.dtype)
-    quotient = kept(~idle, quotient)
+    # A NaN or infinite gradient is to show.
+    quotient = kept(~(empty & jnp.isfinite(g)), quotient)
     if not isinstance(scaling, bool):
         quotient = jnp.where(jnp.asarray(scaling).astype(bool), quotient, g)
     return kept(accepted, quotient)

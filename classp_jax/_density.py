@@ -173,9 +173,7 @@ def _masked(
     return masked, jax.tree.map(next_level, levels, shares, roots)
 
 
-def _exceeds_multiple(
-    d: jax.Array, g: jax.Array, root: jax.Array, level: jax.Array
-) -> jax.Array:
+def _exceeds_multiple(d: Any, g: jax.Array, root: Any, level: Any) -> jax.Array:
     """Where ``|g|`` is above the threshold, given the mean of square roots."""
     factor = jnp.log(1 / jnp.maximum(d, jnp.finfo(d.dtype).tiny)) / _ROOT_MEAN
     multiple = jnp.sqrt(factor) * jnp.maximum(level, 0) ** (_POWER // 4)
@@ -207,8 +205,7 @@ def _means(tree: Any, levels: Any, per_leaf: bool) -> Any:
     """For each leaf its mean, or for each that of all."""
     sums, sizes = [], []
     for x, level in zip(jax.tree.leaves(tree), jax.tree.leaves(levels), strict=True):
-        dtype = np.promote_types(x.dtype, np.float32)
-        sums.append(whole_sum(x, level, dtype))
+        sums.append(whole_sum(x, level, np.promote_types(x.dtype, np.float32)))
         sizes.append(whole_size(x, level))
     if not per_leaf and sums:
         sums = [_total(sums)] * len(sums)

@@ -109,8 +109,7 @@ def protect(
     frozen = switch("frozen", frozen)
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
-            f"inner must be an optimizer such as optax.sgd(0.1), got {inner!r} of type "
-            f"{type(inner).__name__}."
+            f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}."
         )
     inner = optax.with_extra_args_support(inner)
 

@@ -238,7 +238,7 @@ def test_what_is_no_optimizer_cannot_be_braked(inner):
         TypeError, match=r"inner must be .*such as optax\.sgd\("
     ) as info:
         classp_jax.protect(inner)
-    says(type(inner).__name__)(info)
+    says(repr(inner))(info)
 
 
 @pytest.mark.parametrize("bad", [0.0, 0, 0.5, -1.0, NAN, INF])

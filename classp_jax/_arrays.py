@@ -15,8 +15,8 @@ def path_name(path: Any) -> str:
 
 
 def leaf_name(path: Any) -> str:
-    """The leaf with its place, for a message; a bare array has none."""
-    return f"leaf '{path_name(path)}'" if path else "array"
+    """A leaf's place for a message; that of a bare array has no name."""
+    return f"'{path_name(path)}'" if path else "the array"
 
 
 def working_dtype(leaf: Any) -> np.dtype:
@@ -53,9 +53,9 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
             accepted = False
         if not accepted:
             raise TypeError(
-                f"{what} {leaf_name(path)} is of type {dtype}; {needed} leaves are "
-                "needed. Keep others out of the optimizer with optax.masked or "
-                "optax.partition."
+                f"In the {what} tree, {leaf_name(path)} is of type {dtype}; {needed} "
+                "leaves are needed. Keep others out of the optimizer with optax.masked "
+                "or optax.partition."
             )
         # A ShapeDtypeStruct, which init may be given, is not to become an array.
         is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
@@ -130,8 +130,8 @@ def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> N
     def check(path: Any, leaf: Any, like: Any) -> None:
         if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(
-                f"In the {what}, the {leaf_name(path)} has shape {jnp.shape(leaf)}, "
-                f"but {jnp.shape(like)} is needed."
+                f"In the {what}, {leaf_name(path)} has shape {jnp.shape(leaf)}, but "
+                f"{jnp.shape(like)} is needed."
             )
 
     jax.tree_util.tree_map_with_path(check, tree, reference)

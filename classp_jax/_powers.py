@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from classp_jax._hyperparams import cast
@@ -73,8 +74,8 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
 
 def _0_at_infinity(root: Any, x: jax.Array) -> jax.Array:
     """``root(x)``, but 0 at infinity, with the derivative 0: its own may be NaN."""
-    full = jnp.isinf(x)
-    return jnp.where(full, 0, root(jnp.where(full, jnp.ones_like(x), x)))
+    bounded = jnp.minimum(x, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype))
+    return jnp.where(x == np.inf, 0, root(bounded))
 
 
 def _reciprocal_cube_root(x: jax.Array) -> jax.Array:

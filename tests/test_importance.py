@@ -258,12 +258,12 @@ def test_bad_gradients_are_refused(bad):
     before = jax.tree.map(np.array, state)
     one = at(1) | {"b": jnp.asarray([1.0, bad, 1.0])}
     every = GRADIENTS | {"b": jnp.asarray(GRADIENTS["b"]).at[3, 1].set(bad)}
-    message = "^The old gradients hold NaN or infinity, in the leaf 'b'. Nothing has"
+    message = "^The old gradients hold NaN or infinity, in 'b'. Nothing has"
     with pytest.raises(ValueError, match=message):
         fill(tx, state, PARAMS, one)
     with pytest.raises(ValueError, match=message):
         fill(tx, state, PARAMS, every, per_example=True)
-    message = r"^Batch 1 of the old gradients \(counted from 0\) holds NaN .* leaf 'b'"
+    message = r"^Batch 1 of the old gradients \(counted from 0\) holds NaN .* 'b'"
     with pytest.raises(ValueError, match=message):
         fill(tx, state, PARAMS, iter([at(0), one]))
     with pytest.raises(ValueError, match=message):
@@ -290,7 +290,7 @@ def test_sums_that_leave_the_range_are_refused():
         (jax.tree.map(lambda x: x[None], g), {"per_example": True}),
         (iter([g]), {}),
     ):
-        message = r"overflow .* in the leaf 'v'. Nothing has been changed"
+        message = r"overflow .* in 'v'. Nothing has been changed"
         with pytest.raises(ValueError, match=message):
             fill(tx, state, g, gradients, **options)
     full = state._replace(accumulator=g | {"v": jnp.asarray([jnp.inf, 0.0])})

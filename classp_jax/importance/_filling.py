@@ -225,9 +225,7 @@ def _where_false(tree: Any) -> str:
     """The leaves that are false, in words; none are where they are traced."""
     found = jax.tree_util.tree_leaves_with_path(tree)
     is_known = not any(isinstance(leaf, Tracer) for _, leaf in found)
-    return ", ".join(
-        f"the {leaf_name(path)}" for path, leaf in found if is_known and not leaf
-    )
+    return ", ".join(leaf_name(path) for path, leaf in found if is_known and not leaf)
 
 
 def _require_fillable(state: Any) -> None:

@@ -301,6 +301,15 @@ def test_sums_that_leave_the_range_are_refused():
     np.testing.assert_array_equal(classp_jax.accumulators(shown)["v"], [np.inf, 1])
 
 
+def test_leaves_may_be_on_different_devices():
+    tx: Any = classp_jax.classp(0.1)
+    places = dict(zip(PARAMS, jax.devices(), strict=False))
+    params, g = jax.device_put((PARAMS, at(0)), (places, places))
+    state = fill(tx, tx.init(params), params, g)
+    want = jax.tree.map(np.abs, at(0))
+    chex.assert_trees_all_equal(classp_jax.accumulators(state), want)
+
+
 def test_it_is_compiled_once_for_many_calls():
     tx: Any = classp_jax.classp(0.1)
     state = tx.init(PARAMS)

@@ -189,7 +189,7 @@ def _require_gradients(
         lambda g: g if jnp.issubdtype(getattr(g, "dtype", float), jnp.inexact) else 0.0,
         gradients,
     )
-    bad = _where_false(_all_finite(floats))
+    bad = _where_false(jax.tree.map(_all_finite, floats))
     if bad:
         hold = "The old gradients hold"
         if batch is not None:
@@ -200,7 +200,7 @@ def _require_gradients(
 def _require_sums(old: Any, new: Any) -> None:
     """Raises if a sum that was finite is so no longer, where that is known."""
     for before, after in zip(accumulators_in(old), accumulators_in(new), strict=True):
-        bad = _where_false(_stayed_finite(before, after))
+        bad = _where_false(jax.tree.map(_stayed_finite, before, after))
         if bad:
             raise ValueError(
                 f"The sums of |g|^p overflow (or are NaN) in {bad}. Nothing has been "
@@ -209,16 +209,15 @@ def _require_sums(old: Any, new: Any) -> None:
             )
 
 
+# Leaf by leaf, as they may be on different devices.
 @jax.jit
-def _all_finite(tree: Any) -> Any:
-    return jax.tree.map(lambda g: jnp.isfinite(g).all(), tree)
+def _all_finite(g: Any) -> Any:
+    return jnp.isfinite(g).all()
 
 
 @jax.jit
 def _stayed_finite(before: Any, after: Any) -> Any:
-    return jax.tree.map(
-        lambda old, new: (jnp.isfinite(new) | ~jnp.isfinite(old)).all(), before, after
-    )
+    return (jnp.isfinite(after) | ~jnp.isfinite(before)).all()
 
 
 def _where_false(tree: Any) -> str:

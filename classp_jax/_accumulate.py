@@ -22,10 +22,10 @@ from classp_jax._hyperparams import (
     ScalarOrSchedule,
     at_step,
     cast,
-    float_dtype,
     non_negative,
     one_of,
     positive,
+    sum_dtype,
     switch,
     window_length,
 )
@@ -144,7 +144,8 @@ def scale_by_generalized_adagrad(
       accumulator_dtype: dtype of :math:`A`. By default float32 for narrower
         parameters, else the parameters' real dtype. ``bfloat16`` takes half the memory:
         its sums are rounded stochastically, so that they do not stall; each is off by
-        about 5 % (root mean square), their mean over the weights is right.
+        about 5 % (root mean square), their mean over the weights is right. No float16,
+        which takes as much memory and ends at 65,504.
 
     Returns:
       A transform whose updates have the gradients' shapes and dtypes. Its state is
@@ -155,7 +156,8 @@ def scale_by_generalized_adagrad(
       ValueError: if ``power <= 0``, ``eps < 0``, ``prior < 0`` or ``window < 1`` (or
         NaN, infinite, no scalar), or if the gradients' tree or shapes are not those of
         the state.
-      TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
+      TypeError: if an argument is no number, ``accumulator_dtype`` no dtype for it, or
+        if a leaf has no floating-point dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -200,7 +202,7 @@ class Accumulation:
         self.prior = non_negative("prior", prior)
         self.window = None if window is None else window_length("window", window)
         self.eps_unit = one_of("eps_unit", eps_unit, (None, "leaf", "tree"))
-        self.dtype = float_dtype("accumulator_dtype", accumulator_dtype)
+        self.dtype = sum_dtype("accumulator_dtype", accumulator_dtype)
 
     def dtype_of(self, leaf: Any) -> Any:
         """The dtype of a parameter's accumulator."""
@@ -234,9 +236,6 @@ class Accumulation:
             # Masked before the power, as behind a mask of its own: the same roundings.
             return self.term(kept(moves, magnitude(g).astype(dtype)))
 
-        def stored(start: Any, term: Any, a: jax.Array, leaf: int) -> jax.Array:
-            return self.stored(start, term, a.dtype, state.count, leaf)
-
         terms = jax.tree.map(term, gradients, state.accumulator, accepted)
         before = jax.tree.map(
             lambda a, t: self._before(a.astype(t.dtype), t, state.count),
@@ -244,6 +243,7 @@ class Accumulation:
             terms,
         )
         numbers = tree.unflatten(range(len(leaves)))
+        stored = functools.partial(self.stored, state.count)
         after = jax.tree.map(stored, before, terms, state.accumulator, numbers)
         mean_square = jnp.asarray(state.mean_square)
         if self.eps_unit is not None and leaves:
@@ -255,7 +255,7 @@ class Accumulation:
     def _before(self, a: jax.Array, term: jax.Array, count: Any) -> jax.Array:
         """What the accumulator has leaked to, or the prior where it holds nothing."""
         if self.window is not None:
-            window = at_step(self.window, count)
+            window = window_length("window", at_step(self.window, count))
             # Not a * (1 - 1 / window): that factor has few digits of 1 / window.
             a = a - _bounded(a) * (1 / cast(window, a.dtype))
         if isinstance(self.prior, float) and self.prior == 0:

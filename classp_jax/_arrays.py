@@ -14,6 +14,11 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_name(path: Any) -> str:
+    """A leaf's place for a message; that of a bare array has no name."""
+    return f"'{path_name(path)}'" if path else "the array"
+
+
 def working_dtype(leaf: Any) -> np.dtype:
     """The real dtype to compute in: the leaf's, float32 if that is narrower."""
     # NumPy's promotion, which works in JAX's strict mode too.
@@ -48,9 +53,9 @@ def float_arrays(tree: Any, what: str, *, real: bool = False) -> Any:
             accepted = False
         if not accepted:
             raise TypeError(
-                f"{what} leaf '{path_name(path)}' is of type {dtype}; {needed} leaves "
-                "are needed. Keep others out of the optimizer with optax.masked or "
-                "optax.partition."
+                f"In the {what} tree, {leaf_name(path)} is of type {dtype}; {needed} "
+                "leaves are needed. Keep others out of the optimizer with optax.masked "
+                "or optax.partition."
             )
         # A ShapeDtypeStruct, which init may be given, is not to become an array.
         is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
@@ -125,7 +130,7 @@ def require_same_shapes(tree: Any, reference: Any, what: str = "gradients") -> N
     def check(path: Any, leaf: Any, like: Any) -> None:
         if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(
-                f"In the {what}, '{path_name(path)}' has shape {jnp.shape(leaf)}, but "
+                f"In the {what}, {leaf_name(path)} has shape {jnp.shape(leaf)}, but "
                 f"{jnp.shape(like)} is needed."
             )
 

@@ -48,22 +48,22 @@ def mask_to_density(
     r"""Keeps the larger gradients, such that a given share of the weights moves.
 
     For gradients whose scale nobody knows: instead of a threshold on the gradient, name
-    the share of weights to move. In each step the threshold is a multiple of
-    the size of this step's gradients, so a factor on all gradients of a step changes
-    nothing, however much it differs from step to step:
+    the share of weights to move, ``density`` :math:`d`, for each leaf or (``per_leaf``)
+    for all together. In each step the threshold is a multiple :math:`y_t` of the size
+    of this step's gradients, so a factor on all of them changes nothing; ``rate``
+    :math:`\eta` is how fast that multiple follows the share seen:
 
     .. math::
       |g_t| > \frac{4}{\pi} \, \overline{\sqrt{|g_t|}}^{\,2} \,
       \log\frac{1}{d} \; \max(y_t, 0)^4
 
     With :math:`y = 1`, where it starts, the share is :math:`d` if magnitudes are
-    exponentially distributed. It follows the share :math:`d_t` seen, by
+    exponentially distributed. When a step has moved a share :math:`d_t`,
 
     .. math::
       y_{t+1} = y_t + \frac{\eta}{8}\, \frac{d_t - d}{d (1 - d)}
 
-    but not below :math:`-\eta / 8 (1 - d)`. The mean of square roots is one that a few
-    outliers do not move.
+    but not below :math:`-\eta / 8 (1 - d)`. Outliers hardly move a mean of roots.
 
     **What is guaranteed.** What a step moves too much, later ones move less. Whatever
     the gradients are, as long as at least a share :math:`d` of them is nonzero, after
@@ -157,12 +157,8 @@ def _masked(
         levels = jax.tree.map(lambda _: mean, levels)
     roots = jax.tree.map(lambda g: jnp.sqrt(magnitude(g)), fixed)
     roots = _means(roots, levels, per_leaf)
-    keep = jax.tree.map(
-        lambda g, root, level: _exceeds_multiple(g, root, d, level),
-        fixed,
-        roots,
-        levels,
-    )
+    exceeds = functools.partial(_exceeds_multiple, d)
+    keep = jax.tree.map(exceeds, fixed, roots, levels)
     # Bytes, as XLA's CPU compiler would store the numbers to sum as wide as the sum.
     shares = jax.tree.map(lambda k: jnp.where(k, np.uint8(1), np.uint8(0)), keep)
     shares = _means(shares, levels, per_leaf)
@@ -177,9 +173,7 @@ def _masked(
     return masked, jax.tree.map(next_level, levels, shares, roots)
 
 
-def _exceeds_multiple(
-    g: jax.Array, root: jax.Array, d: jax.Array, level: jax.Array
-) -> jax.Array:
+def _exceeds_multiple(d: Any, g: jax.Array, root: Any, level: Any) -> jax.Array:
     """Where ``|g|`` is above the threshold, given the mean of square roots."""
     factor = jnp.log(1 / jnp.maximum(d, jnp.finfo(d.dtype).tiny)) / _ROOT_MEAN
     multiple = jnp.sqrt(factor) * jnp.maximum(level, 0) ** (_POWER // 4)
@@ -211,8 +205,7 @@ def _means(tree: Any, levels: Any, per_leaf: bool) -> Any:
     """For each leaf its mean, or for each that of all."""
     sums, sizes = [], []
     for x, level in zip(jax.tree.leaves(tree), jax.tree.leaves(levels), strict=True):
-        dtype = np.promote_types(x.dtype, np.float32)
-        sums.append(whole_sum(x, level, dtype))
+        sums.append(whole_sum(x, level, np.promote_types(x.dtype, np.float32)))
         sizes.append(whole_size(x, level))
     if not per_leaf and sums:
         sums = [_total(sums)] * len(sums)

@@ -96,14 +96,18 @@ def switch(name: str, value: Any) -> Any:
     return bool(number) if isinstance(number, float) else number
 
 
-def float_dtype(name: str, dtype: Any) -> np.dtype | None:
-    """A real floating-point dtype, or None."""
+def sum_dtype(name: str, dtype: Any) -> np.dtype | None:
+    """A dtype whose sums neither stall nor soon overflow, or None."""
+    if dtype is None:
+        return None
+    allowed = [jnp.dtype(kind) for kind in ("bfloat16", "float32", "float64")]
     try:
-        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            return dtype and jnp.dtype(dtype)
+        # An array, which has a dtype, is what Optax's own injection makes of one.
+        if not isinstance(dtype, jax.Array) and jnp.dtype(dtype) in allowed:
+            return jnp.dtype(dtype)
     except TypeError:
         pass  # no dtype at all
-    raise TypeError(f"{name} must be a floating-point dtype or None, got {dtype!r}.")
+    raise TypeError(f"{name} must be bfloat16, float32 or float64, got {dtype!r}.")
 
 
 def at_step(value: Any, count: Any) -> Any:
@@ -127,7 +131,8 @@ def inject_hyperparams(
     changed while training. Optax's own function, called on :func:`classp` without
     further arguments, makes of every number a traced one of the parameters' dtype: a
     traced ``power`` takes the slow form, and in float16 an ``eps`` of 1e-9 is 0. Here
-    the power stays a plain number and the others are float32.
+    the power stays a plain number and the others are float32; ``accumulator_dtype``
+    stays what it is, where Optax takes ``jnp.bfloat16`` for a schedule.
 
     Args:
       factory: a function that makes a transform, such as :func:`classp`.
@@ -152,6 +157,7 @@ def inject_hyperparams(
     known = inspect.signature(factory).parameters
     return optax.inject_hyperparams(
         factory,
-        static_args=[name for name in fixed if name in known],
+        # A dtype can be called, and would be taken for a schedule.
+        static_args={*fixed, "accumulator_dtype"}.intersection(known),
         hyperparam_dtype=jnp.float32,
     )

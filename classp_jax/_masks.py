@@ -61,17 +61,19 @@ def mask_by_threshold(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a gradient where its square is above a threshold, else makes it 0.
 
+    ``threshold`` :math:`\tau` is in units of the squared gradient. The comparison is
+    strict, so at 0 only exact zeros are masked:
+
     .. math::
       u_t = \begin{cases} g_t & |g_t|^2 > \tau \\ 0 & \text{otherwise} \end{cases}
 
-    The comparison is strict, so at :math:`\tau = 0` only exact zeros are masked. It is
-    made in float32 for gradients of 16 bits, else in the gradient's own precision; a
-    complex gradient is judged by :math:`|g|^2`. A threshold below the smallest normal
-    number of that precision counts as 0. NaN and infinite gradients pass the mask.
+    It compares in float32 for gradients of 16 bits, else in the gradient's own
+    precision. A threshold below the smallest normal number of that precision counts as
+    0. NaN and infinite gradients pass the mask.
 
     Args:
-      threshold: :math:`\tau`, in units of the squared gradient; a finite number of at
-        least 0, a schedule ``step -> value``, or a scalar array.
+      threshold: :math:`\tau \ge 0`, what :math:`|g|^2` must exceed; a finite number, a
+        schedule ``step -> value``, or a scalar array.
 
     Returns:
       A transform whose updates have the gradients' shapes and dtypes. Its state is a
@@ -95,8 +97,7 @@ def mask_by_threshold(
     """
     threshold = non_negative("threshold", threshold, schedule=True)
 
-    def init(params: optax.Params) -> MaskByThresholdState:
-        del params
+    def init(_: optax.Params) -> MaskByThresholdState:
         return MaskByThresholdState(count=jnp.zeros([], jnp.int32))
 
     def step(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:

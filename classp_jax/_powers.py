@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from classp_jax._hyperparams import cast
@@ -56,23 +57,29 @@ def divide_by_root(g: jax.Array, base: jax.Array, power: Any) -> jax.Array:
         if power == 1.0:
             return g / base
         if power == 1.5:
-            root = _reciprocal_cube_root(base)
+            root = _0_at_infinity(_reciprocal_cube_root, base)
             return g * (root * root)
         if power == 2.0:
             return g * lax.rsqrt(base)
         if power == 3.0:
-            return g * _reciprocal_cube_root(base)
+            return g * _0_at_infinity(_reciprocal_cube_root, base)
         if power == 4.0:
             return g / jnp.sqrt(jnp.sqrt(base))
     # Half of the root, twice: the whole of it may leave the range where the result
     # does not. Bounded, as a g of 0 times infinity would be NaN.
-    half = jnp.power(base, -0.5 / cast(power, base.dtype))
+    half = _0_at_infinity(lambda x: jnp.power(x, -0.5 / cast(power, x.dtype)), base)
     half = jnp.minimum(half, jnp.asarray(jnp.finfo(half.dtype).max, half.dtype))
     return g * half * half
 
 
+def _0_at_infinity(root: Any, x: jax.Array) -> jax.Array:
+    """``root(x)``, but 0 at infinity, with the derivative 0: its own may be NaN."""
+    bounded = jnp.minimum(x, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype))
+    return jnp.where(x == np.inf, 0, root(bounded))
+
+
 def _reciprocal_cube_root(x: jax.Array) -> jax.Array:
-    """``x ** (-1/3)`` for positive normal ``x``; 0 for infinity, NaN for NaN.
+    """``x ** (-1/3)`` for positive normal ``x``, NaN for NaN.
 
     In float32 the exponent is divided by -3 in the bit pattern, which is right to
     3.5 %, and two fourth-order corrections follow: with ``r = 1 - x y^3``, the series
@@ -90,4 +97,4 @@ def _reciprocal_cube_root(x: jax.Array) -> jax.Array:
     for _ in range(2):
         r = 1 - x * y * y * y
         y = y + y * r * (1 / 3 + r * (2 / 9 + r * (14 / 81)))
-    return jnp.where(jnp.isinf(x), 0, y)
+    return y

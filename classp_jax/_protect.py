@@ -84,7 +84,8 @@ def protect(
     Raises:
       ValueError: if a number is out of its range, infinite or NaN, or if the gradients'
         tree or shapes are not those of the state.
-      TypeError: if an argument is no number, or if a leaf has no floating-point dtype.
+      TypeError: if ``inner`` is no transformation, an argument no number, or if a leaf
+        has no floating-point dtype.
 
     Example:
       >>> import classp_jax
@@ -106,6 +107,10 @@ def protect(
     positive("eps", eps)
     rule = Accumulation(power, eps, prior, window, eps_unit, accumulator_dtype)
     frozen = switch("frozen", frozen)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}."
+        )
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ProtectState:
@@ -125,17 +130,14 @@ def protect(
             extra_args["accumulate_importance"] = True
         elif frozen is not False:
             held = jnp.asarray(at_step(frozen, old.count)).astype(bool)
-            kept_sums = jax.tree.map(
-                functools.partial(jnp.where, held), old.accumulator, new.accumulator
-            )
-            new = new._replace(accumulator=kept_sums)
+            sums = optax.tree.where(held, old.accumulator, new.accumulator)
+            new = new._replace(accumulator=sums)
         updates, inner_state = inner.update(
             gradients, state.inner_state, params, **extra_args
         )
         # Where no unit is known yet nothing moves.
-        epsilons = rule.eps_now(old, 0.0)
         brake = functools.partial(_braked, power=rule.power)
-        braked = jax.tree.map(brake, updates, new.accumulator, epsilons)
+        braked = jax.tree.map(brake, updates, new.accumulator, rule.eps_now(old, 0.0))
         return braked, ProtectState(new, inner_state)
 
     return transform(init, step, ProtectState)

@@ -28,19 +28,20 @@ def classp_published(
     r"""What the PyTorch class published with the CLASSP paper computes.
 
     Use it to reproduce results obtained with that class, :func:`classp` for everything
-    else. For every *tensor* (leaf) with gradient :math:`g`:
+    else. ``learning_rate`` :math:`\alpha`, ``power`` :math:`p` and ``eps``
+    :math:`\varepsilon` are how far a weight moves, how fast it slows down and how much
+    gradient that takes; ``threshold`` :math:`\tau` is about a whole *tensor* (leaf):
+    below 0 it always moves, from 0 to below 1 if any of its gradients :math:`g` has a
+    nonzero square, from 1 on never:
 
     .. math::
       [\exists i: g_i^2 \ne 0] > \tau: \qquad
       A &\leftarrow A + |g| \\
       w &\leftarrow w - \frac{\alpha\, g}{(A + \varepsilon)^{1/p}}
 
-    It differs from Algorithm 1 in two ways. The threshold is compared with a truth
-    value of the whole tensor, not with each squared gradient: :math:`\tau < 0` always
-    updates, :math:`0 \le \tau < 1` updates a tensor if any of its gradients has a
-    nonzero square, and :math:`\tau \ge 1` never updates. And the accumulator sums
-    :math:`|g|` whatever :math:`p` is, so ``power=2`` divides by the root of a sum of
-    magnitudes and is not AdaGrad.
+    Algorithm 1 compares the threshold with each squared gradient instead. And here the
+    accumulator sums :math:`|g|` whatever :math:`p` is, so ``power=2`` divides by the
+    root of a sum of magnitudes and is not AdaGrad.
 
     Two things are not reproduced: at ``eps=0`` the class divides 0 by 0 for a weight
     that has had no gradient, where this transform leaves the weight alone; and in one
@@ -97,8 +98,8 @@ class _SumOfMagnitudes(Accumulation):
         return size
 
     @staticmethod
-    def stored(a: jax.Array, term: jax.Array, dtype: Any, *_: Any) -> jax.Array:
-        return (a + term).astype(dtype)
+    def stored(_: Any, a: jax.Array, term: jax.Array, like: Any, leaf: int) -> Any:
+        return (a + term).astype(like.dtype)
 
 
 def _any_nonzero_square(g: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def stored_sum(a: jax.Array, term: jax.Array, dtype: Any, step: Any, leaf: int) -> Any:
+def stored_sum(step: Any, a: jax.Array, term: jax.Array, like: Any, leaf: int) -> Any:
     """``a + term`` in the accumulator's dtype: at random to bfloat16, else to nearest.
 
     A growing sum in bfloat16 that is rounded to nearest stands still once a term is
@@ -15,9 +15,10 @@ def stored_sum(a: jax.Array, term: jax.Array, dtype: Any, step: Any, leaf: int) 
     is right on average. The random bits are a hash of element, leaf and step: no key
     in the state, the same bits on every run, and nothing that XLA writes to memory.
     """
+    if like.dtype != jnp.bfloat16:
+        return (a + term).astype(like.dtype)
+    a, term = a.astype(jnp.float32), term.astype(jnp.float32)
     total = a + term
-    if total.dtype != jnp.float32 or dtype != jnp.bfloat16:
-        return total.astype(dtype)
     index = jnp.uint32(leaf)
     for axis, size in enumerate(total.shape):
         place = lax.broadcasted_iota(jnp.uint32, total.shape, axis)
@@ -35,7 +36,7 @@ def stored_sum(a: jax.Array, term: jax.Array, dtype: Any, step: Any, leaf: int) 
     # Exact, and derivatives pass as through rounding to nearest.
     rounded = total + lax.stop_gradient(rounded - total)
     # The bits of infinity and NaN are not to be added to.
-    return jnp.where(jnp.isfinite(total), rounded, total).astype(dtype)
+    return jnp.where(jnp.isfinite(total), rounded, total).astype(like.dtype)
 
 
 def _hash(x: jax.Array) -> jax.Array:

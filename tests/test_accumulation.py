@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -399,6 +400,39 @@ def test_injecting_keeps_the_power_and_small_numbers():
     assert "power" in free.init(g).hyperparams
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(classp_jax.inject_hyperparams(classp_jax.classp), 0.1),
+        classp_jax.inject_hyperparams(classp_jax.scale_by_generalized_adagrad),
+        functools.partial(
+            classp_jax.inject_hyperparams(classp_jax.protect), optax.sgd(0.1)
+        ),
+        functools.partial(
+            classp_jax.inject_hyperparams(classp_jax.classp, fixed=()), 0.1
+        ),
+    ],
+    ids=["classp", "scale_by_generalized_adagrad", "protect", "nothing fixed"],
+)
+def test_an_injected_dtype_is_no_schedule(build):
+    """``jnp.bfloat16`` can be called, which makes a schedule of it elsewhere."""
+    g = jnp.ones(3)
+    for dtype in (jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16)):
+        tx: Any = build(accumulator_dtype=dtype)
+        state = tx.init(g)
+        assert "accumulator_dtype" not in state.hyperparams
+        _, state = jax.jit(tx.update)(g, state)
+        assert classp_jax.accumulators(state).dtype == jnp.bfloat16
+
+
+def test_a_dtype_that_optax_took_for_a_schedule_is_refused():
+    tx = optax.inject_hyperparams(classp_jax.classp)(
+        0.1, accumulator_dtype=jnp.bfloat16
+    )
+    with pytest.raises(TypeError, match="accumulator_dtype must be"):
+        tx.init(jnp.ones(3))
+
+
 # Derivatives through the update.
 
 RATE, EPS = 0.3, 0.2
@@ -454,6 +488,48 @@ def test_the_derivative_at_a_gradient_of_0_is_that_of_the_formula(power):
 
     found = jax.grad(update)(jnp.zeros(1))
     np.testing.assert_allclose(found, [EPS ** (-1 / power)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["leaf", "tree"])
+@pytest.mark.parametrize("power", [*POWERS, "traced"])
+def test_meta_gradients_where_there_is_no_unit_yet(power, unit):
+    """In the first step, and in a leaf whose first gradient comes in the second."""
+    early = {"a": np.asarray([2.0, 1.0, 0.0]), "b": np.asarray([0.0])}
+    late = {"a": np.asarray([0.0, -0.3, 1.5]), "b": np.asarray([0.7])}
+
+    def moved(numbers: Any, steps: int) -> Any:
+        w, rate, eps, p = numbers
+        tx = classp_jax.classp(
+            rate, power=p if power == "traced" else power, eps=eps, eps_unit=unit
+        )
+        state: Any = tx.init(w)
+        for direction in (early, late)[:steps]:
+            # Of the weights, so that the second step has the first one's derivative.
+            g = jax.tree.map(lambda w, d: w * jnp.asarray(d, w.dtype), w, direction)
+            updates, state = tx.update(g, state)
+            w = optax.apply_updates(w, updates)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
+
+    with jax.enable_x64(True):
+        w = {"a": jnp.asarray([1.0, -2.0, 0.5]), "b": jnp.asarray([0.3])}
+        p = 1.3 if power == "traced" else power
+        numbers = (w, jnp.float64(0.1), jnp.float64(0.4), jnp.float64(p))
+        for steps in (1, 2):
+            flat, unflatten = jax.flatten_util.ravel_pytree(numbers)
+            along = jax.jit(
+                lambda d, flat=flat, steps=steps, unflatten=unflatten: moved(
+                    unflatten(flat + d), steps
+                )
+            )
+            # Of fourth order, as the unit's own float32 forbids a small step.
+            want = [
+                (8 * (along(d) - along(-d)) - (along(2 * d) - along(-2 * d))) / 0.12
+                for d in 1e-2 * np.eye(flat.size)
+            ]
+            for dtype in (jnp.float64, jnp.float32):
+                cast = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), numbers)
+                found, _ = jax.flatten_util.ravel_pytree(jax.grad(moved)(cast, steps))
+                np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4)
 
 
 # Numbers from elsewhere.

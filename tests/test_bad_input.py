@@ -189,6 +189,9 @@ def test_tracers_pass(build):
         (jnp.int8, "int8"),
         (bool, "bool"),
         (jnp.complex64, "complex64"),
+        # Sums in them would stall, leave the range, or both.
+        (jnp.float16, "float16"),
+        (jnp.float8_e4m3fn, "float8_e4m3fn"),
         ("no dtype", "'no dtype'"),
         (object, "object"),
     ],
@@ -196,7 +199,7 @@ def test_tracers_pass(build):
 def test_accumulator_dtype(build, dtype, named):
     with pytest.raises(TypeError) as info:
         call(build, accumulator_dtype=dtype)
-    says("accumulator_dtype", named, "floating-point")(info)
+    says("accumulator_dtype must be bfloat16, float32 or float64", named)(info)
 
 
 @pytest.mark.parametrize("value", ["layer", "", 1, True])
@@ -229,6 +232,30 @@ def test_flags(value):
     says("per_leaf", "bool")(info)
 
 
+@pytest.mark.parametrize("inner", [0.1, optax.sgd, None, {}], ids=str)
+def test_what_is_no_optimizer_cannot_be_braked(inner):
+    with pytest.raises(
+        TypeError, match=r"inner must be .*such as optax\.sgd\("
+    ) as info:
+        classp_jax.protect(inner)
+    says(repr(inner))(info)
+
+
+@pytest.mark.parametrize("bad", [0.0, 0, 0.5, -1.0, NAN, INF])
+@pytest.mark.parametrize(
+    "build",
+    [classp_jax.scale_by_generalized_adagrad, classp_jax.classp, protect_sgd],
+    ids=name_of,
+)
+def test_a_schedule_of_windows_that_gives_a_bad_number(build, bad):
+    tx = call(build, window=lambda count: bad)
+    g = jnp.asarray([1.0, -2.0])
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match="window must be finite and >= 1") as info:
+            update(g, tx.init(g))
+        says(repr(bad))(info)
+
+
 # Trees.
 
 
@@ -257,6 +284,19 @@ def test_leaves_that_are_no_floats(build, leaf, dtype):
     says("gradient", "'net/steps'", dtype, "floating-point")(info)
 
 
+def test_a_bare_array_has_no_name():
+    tx = classp_jax.classp(0.1)
+    state = tx.init(jnp.ones(2))
+    with pytest.raises(TypeError, match="In the parameter tree, the array is of type"):
+        tx.init(jnp.arange(3))
+    with pytest.raises(ValueError, match=r"In the gradients, the array has shape \(3,"):
+        tx.update(jnp.ones(3), state)
+    with pytest.raises(ValueError, match="two accumulators for the array:"):
+        classp_jax.accumulators((state, state))
+    with pytest.raises(ValueError, match="NaN or infinity, in the array"):
+        classp_jax.accumulate_importance(tx, state, jnp.ones(2), jnp.full(2, NAN))
+
+
 @pytest.mark.parametrize("build", BUILDERS, ids=name_of)
 def test_the_way_out_that_the_message_names(build):
     """Integer leaves beside the optimizer, under optax.masked."""
@@ -264,6 +304,10 @@ def test_the_way_out_that_the_message_names(build):
     tx = optax.masked(call(build), {"w": True, "steps": False})
     _, state = tx.update(params, tx.init(params))
     assert jax.tree.leaves(state)
+    if optax.tree.get_all_with_path(state, "accumulator"):
+        grad = jax.grad(lambda p: p["w"].sum(), allow_int=True)
+        for gradients in (params, grad(params)):
+            assert classp_jax.accumulate_importance(tx, state, params, gradients)
 
 
 PARAMS = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "c": jnp.ones(())}

@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pytest
 
+import classp_jax
+from classp_jax import regularizers
 from classp_jax.continual import presets
 from classp_jax.continual.results import load
 
@@ -258,3 +260,33 @@ def test_below_every_table_stands_when_and_with_which_code_it_was_made(paper):
     for name in paper.PRESETS:
         days = {run.provenance.date[:10] for run in paper.results(name).runs}
         assert all(day in paper.made(name) for day in days)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        classp_jax.classp,
+        classp_jax.classp_published,
+        classp_jax.mask_by_threshold,
+        classp_jax.mask_to_density,
+        classp_jax.protect,
+        classp_jax.scale_by_generalized_adagrad,
+        regularizers.ewc,
+        regularizers.implicit_ewc,
+        regularizers.l2_to_anchor,
+        regularizers.online_ewc,
+        regularizers.si,
+    ],
+    ids=lambda transform: transform.__name__,
+)
+def test_docstrings_say_what_parameters_are_before_the_formula(transform):
+    words, formula, *_ = re.split(r"\.\. math::\n", transform.__doc__)
+    formula = formula.split("\n\n    ")[0]
+    arguments = transform.__doc__.split("Args:")[1].split("Returns:")[0]
+    symbols = re.findall(r"\n +(\w+): :math:`(\\\w+|\w)\b", arguments)
+    used = [
+        name
+        for name, symbol in symbols
+        if re.search(rf"(?<![A-Za-z\\]){re.escape(symbol)}(?![A-Za-z])", formula)
+    ]
+    assert [name for name in used if f"``{name}``" not in words] == []

@@ -665,6 +665,17 @@ def test_bfloat16_gradients_accumulate():
     np.testing.assert_allclose(state.accumulator, 100, rtol=0.01)
 
 
+def test_float64_gradients_do_not_stall_a_sum_in_bfloat16():
+    with jax.enable_x64(True):
+        tx: Any = classp_jax.classp(0.1, accumulator_dtype=jnp.bfloat16)
+        g = jnp.full(512, 0.5, jnp.float64)
+        state: Any = jax.lax.fori_loop(
+            0, 2000, lambda _, state: tx.update(g, state)[1], tx.init(g)
+        )
+        sums = np.asarray(state.accumulator, np.float64)
+    np.testing.assert_allclose(sums.mean(), 1000, rtol=0.01)
+
+
 def test_a_sum_in_bfloat16_is_right_on_average_after_a_million_steps():
     """Rounded to nearest it would stand still at about 0.5 of 1000."""
     weights, steps = 512, 1_000_000

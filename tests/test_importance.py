@@ -122,12 +122,49 @@ def test_strength_scales_what_is_added():
         fill(tx, state, PARAMS, at(0), strength=-1.0)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("prior", [0.0, 2.0])
+@pytest.mark.parametrize("per_example", [False, True])
+def test_strength_multiplies_what_is_added_and_not_what_leaks(
+    strength, prior, per_example
+):
+    tx: Any = classp_jax.classp(0.1, power=2.0, window=2.0, prior=prior)
+    start = np.asarray([10.0, 10.0, 0.0, 0.0])
+    rows = np.asarray([[0, 1, 2, 0], [0, 0, 3, 0], [0, 0.5, 0, 0]], np.float32)
+    want = start
+    for g in rows.astype(np.float64):
+        term = strength * g**2
+        want = np.where(want == 0, prior * term, want / 2) + term
+    params = jnp.zeros(4)
+    for value in (strength, jnp.float32(strength)):
+        state = tx.init(params)._replace(accumulator=jnp.asarray(start, jnp.float32))
+        if per_example:
+            state = fill(tx, state, params, rows, per_example=True, strength=value)
+        else:
+            for g in rows:
+                state = fill(tx, state, params, g, strength=value)
+        found = classp_jax.accumulators(state)
+        assert (found >= 0).all()
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+        # What was empty stays so where nothing is added.
+        assert float(found[3]) == 0
+        assert (float(found[2]) == 0) == (strength == 0)
+
+
 def test_narrow_accumulators_do_not_stall():
-    tx: Any = classp_jax.scale_by_generalized_adagrad(accumulator_dtype=jnp.float16)
-    ones = jnp.full([5000, 2], 1e-2)
-    state = fill(tx, tx.init(ones[0]), ones[0], ones, per_example=True)
-    assert state.accumulator.dtype == jnp.float16
-    np.testing.assert_allclose(state.accumulator, 50.0, rtol=1e-3)
+    """1,000 gradients of 1 would stand still at 256, whichever way they come."""
+    tx: Any = classp_jax.classp(0.1, accumulator_dtype=jnp.bfloat16)
+    g = jnp.asarray([1.0, 0.5])
+    rows = jnp.broadcast_to(g, (1000, 2))
+    examples = [rows[:500], rows[500:]]
+    for state in (
+        fill(tx, tx.init(g), g, rows, per_example=True),
+        fill(tx, tx.init(g), g, iter([g] * 1000)),
+        fill(tx, tx.init(g), g, iter(examples), per_example=True, strength=1.0),
+        fill(tx, tx.init(g), g, iter([g] * 500), strength=2.0),
+    ):
+        assert state.accumulator.dtype == jnp.bfloat16
+        np.testing.assert_allclose(state.accumulator.astype(float), [1000, 500])
 
 
 def test_fine_tuning_starts_with_the_accumulators_filled():
@@ -214,11 +251,63 @@ def test_accumulators_inside_a_state_with_accumulators_are_filled():
         classp_jax.accumulators(new)
 
 
-def test_bad_gradients_show():
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_bad_gradients_are_refused(bad):
+    tx: Any = classp_jax.classp(0.1)
+    state = fill(tx, tx.init(PARAMS), PARAMS, at(0))
+    before = jax.tree.map(np.array, state)
+    one = at(1) | {"b": jnp.asarray([1.0, bad, 1.0])}
+    every = GRADIENTS | {"b": jnp.asarray(GRADIENTS["b"]).at[3, 1].set(bad)}
+    message = "^The old gradients hold NaN or infinity, in 'b'. Nothing has"
+    with pytest.raises(ValueError, match=message):
+        fill(tx, state, PARAMS, one)
+    with pytest.raises(ValueError, match=message):
+        fill(tx, state, PARAMS, every, per_example=True)
+    message = r"^Batch 1 of the old gradients \(counted from 0\) holds NaN .* 'b'"
+    with pytest.raises(ValueError, match=message):
+        fill(tx, state, PARAMS, iter([at(0), one]))
+    with pytest.raises(ValueError, match=message):
+        fill(tx, state, PARAMS, iter([GRADIENTS, every]), per_example=True)
+    chex.assert_trees_all_equal(state, before)
+
+
+def test_bad_gradients_show_where_they_are_traced():
     tx: Any = classp_jax.classp(0.1)
     bad = jnp.asarray([[1.0, 1.0, 1.0], [jnp.nan, jnp.inf, 1.0]])
-    state = fill(tx, tx.init(bad[0]), bad[0], bad, per_example=True)
+    state = jax.jit(lambda g: fill(tx, tx.init(g[0]), g[0], g, per_example=True))(bad)
     np.testing.assert_array_equal(classp_jax.accumulators(state), [np.nan, np.inf, 2])
+    state = jax.jit(lambda g: fill(tx, tx.init(g[0]), g[0], iter(g)))(bad)
+    np.testing.assert_array_equal(classp_jax.accumulators(state), [np.nan, np.inf, 2])
+
+
+def test_sums_that_leave_the_range_are_refused():
+    """Finite gradients, whose powers are not; a weight that was full before may be."""
+    tx: Any = classp_jax.classp(0.1, power=4.0)
+    g = {"w": jnp.ones(2), "v": jnp.asarray([1e12, 1.0])}
+    state = tx.init(g)
+    for gradients, options in (
+        (g, {}),
+        (jax.tree.map(lambda x: x[None], g), {"per_example": True}),
+        (iter([g]), {}),
+    ):
+        message = r"overflow .* in 'v'. Nothing has been changed"
+        with pytest.raises(ValueError, match=message):
+            fill(tx, state, g, gradients, **options)
+    full = state._replace(accumulator=g | {"v": jnp.asarray([jnp.inf, 0.0])})
+    ones = jax.tree.map(jnp.ones_like, g)
+    filled = fill(tx, full, g, ones)
+    np.testing.assert_array_equal(classp_jax.accumulators(filled)["v"], [np.inf, 1])
+    shown = jax.jit(lambda g: fill(tx, state, g, g))(g)
+    np.testing.assert_array_equal(classp_jax.accumulators(shown)["v"], [np.inf, 1])
+
+
+def test_leaves_may_be_on_different_devices():
+    tx: Any = classp_jax.classp(0.1)
+    places = dict(zip(PARAMS, jax.devices(), strict=False))
+    params, g = jax.device_put((PARAMS, at(0)), (places, places))
+    state = fill(tx, tx.init(params), params, g)
+    want = jax.tree.map(np.abs, at(0))
+    chex.assert_trees_all_equal(classp_jax.accumulators(state), want)
 
 
 def test_it_is_compiled_once_for_many_calls():

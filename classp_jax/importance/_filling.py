@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from classp_jax._arrays import (
-    path_name,
+    leaf_name,
     require_same_shapes,
     unwrapped,
     working_dtype,
     wrapped_like,
 )
-from classp_jax._hyperparams import cast, non_negative
+from classp_jax._hyperparams import non_negative
 from classp_jax.importance._states import (
     accumulators_in,
     map_accumulators,
@@ -63,9 +64,9 @@ def accumulate_importance(
     generator that yields one batch's gradients after the other, such as
     ``finetune.gradients(loss, params, batches)``.
 
-    Accumulators in bfloat16 are summed in float32 within one call and rounded to
-    nearest at its end: give them many examples a call, as a long loop of small calls
-    stalls.
+    Accumulators in bfloat16 are summed in float32 within one call, over all that an
+    iterator yields, and rounded to nearest at its end: give them many examples a call,
+    as a long loop of small calls stalls.
 
     With Flax NNX: ``optimizer.opt_state = accumulate_importance(optimizer.tx,
     optimizer.opt_state, nnx.state(model, nnx.Param), gradients)``. With Linen's
@@ -77,13 +78,14 @@ def accumulate_importance(
       state: its state, such as ``tx.init(params)``.
       params: the parameters at which the gradients were taken.
       gradients: one batch's gradients, a tree like ``params``; with ``per_example`` a
-        tree of ``[examples, *shape]``. A NaN or infinite gradient shows as NaN or
-        infinity in the accumulator. Or an iterator of such trees, each checked before
-        it is added: one that is not finite is an error.
+        tree of ``[examples, *shape]``. Or an iterator of such trees. A NaN or infinite
+        gradient is an error; under ``jit``, where none can be raised, it shows as NaN
+        or infinity in the accumulator.
       per_example: whether the gradients have a leading axis of examples, over which
         :math:`|g|^p` is summed.
-      strength: what the amount that this call adds is multiplied by; a number of at
-        least 0 or a scalar array.
+      strength: what each :math:`|g|^p` that this call adds is multiplied by; a number
+        of at least 0 or a scalar array. Old sums leak as ``window`` says, whatever it
+        is.
       **extra_args: what ``tx.update`` takes beyond gradients, state and parameters.
         ``accumulate_importance=True`` is added to it, for transforms that accumulate
         here only (``protect(frozen=True)``).
@@ -94,8 +96,9 @@ def accumulate_importance(
     Raises:
       ValueError: if the gradients' tree or shapes are not those of ``params``, if the
         state holds no accumulator, or one inside ``optax.MultiSteps``; if an iterator
-        is empty or yields a NaN or infinity, with the batch's number and the leaves;
-        as the transform's own update. ``state`` is as it was.
+        is empty; outside of ``jit`` if a gradient is NaN or infinite, or a sum
+        overflows, with the leaves and an iterator's batch; as the transform's own
+        update. ``state`` is as it was.
       TypeError: as the transform's own update.
 
     Example:
@@ -113,31 +116,9 @@ def accumulate_importance(
       [4. 0.]
     """
     strength = non_negative("strength", strength)
-    if isinstance(gradients, Iterator):
-        batch = -1
-        options = {"per_example": per_example, "strength": strength, **extra_args}
-        for batch, tree in enumerate(gradients):
-            _require_finite(tree, batch)
-            state = accumulate_importance(tx, state, params, tree, **options)
-        if batch < 0:
-            raise ValueError(
-                "The iterator of gradients is empty: nothing would be protected. A "
-                "generator that was read before yields nothing any more."
-            )
-        return state
     original = state
-    state, params, gradients, extra_args = unwrapped(
-        (state, params, gradients, extra_args)
-    )
+    state, params, extra_args = unwrapped((state, params, extra_args))
     _require_fillable(state)
-    expected = params
-    if per_example:
-        lengths = [jnp.shape(g)[0] for g in jax.tree.leaves(gradients) if jnp.ndim(g)]
-        leading = lengths[:1] or [1]
-        expected = jax.tree.map(
-            lambda w: np.broadcast_to(0.0, (*leading, *jnp.shape(w))), params
-        )
-    require_same_shapes(gradients, expected, f"gradients (per_example={per_example})")
     update = optax.with_extra_args_support(tx).update
 
     def filled(state: Any, gradients: Any, params: Any, extra_args: Any) -> Any:
@@ -151,38 +132,99 @@ def accumulate_importance(
             lambda state, g: (filled(state, g, *others), None), state, gradients
         )[0]
 
-    def strengthened_sum(old: jax.Array, new: jax.Array) -> jax.Array:
-        if not (isinstance(strength, float) and strength == 1):
-            old_wide = old.astype(new.dtype)
-            new = old_wide + cast(strength, new.dtype) * (new - old_wide)
-        return new.astype(old.dtype)
+    def unit(a: jax.Array) -> jax.Array:
+        # So small at a strength of 0 that nothing is seen of what is added to a.
+        limits = jnp.finfo(a.dtype)
+        least = jnp.maximum(jnp.minimum(a, limits.max) * 2.0**-100, limits.tiny)
+        return jnp.maximum(jnp.asarray(strength, a.dtype), least)
 
-    # Narrow accumulators are rounded once, at the end.
-    wide = map_accumulators(
-        lambda sums: jax.tree.map(lambda a: a.astype(working_dtype(a)), sums), state
-    )
-    arguments = (wide, gradients, params, extra_args)
+    # Narrow sums are rounded once, at the end. Those in units of the strength leak as
+    # others do, and what is added to them counts that many times.
+    as_it_is = isinstance(strength, float) and strength == 1
+
+    def widened(a: jax.Array) -> jax.Array:
+        a = a.astype(working_dtype(a))
+        return a if as_it_is else a / unit(a)
+
+    def narrowed(old: jax.Array, new: jax.Array) -> jax.Array:
+        wide = old.astype(new.dtype)
+        factor = jnp.where(wide == 0, jnp.asarray(strength, wide.dtype), unit(wide))
+        return (new if as_it_is else factor * new).astype(old.dtype)
+
+    new = map_accumulators(functools.partial(jax.tree.map, widened), state)
+    is_many = isinstance(gradients, Iterator)
+    batch = -1
+    for batch, tree in enumerate(gradients if is_many else [gradients]):
+        tree = unwrapped(tree)
+        _require_gradients(tree, params, per_example, batch if is_many else None)
+        arguments = (new, tree, params, extra_args)
+        if per_example:
+            new = compiled(filled_by_each, (), *arguments)((), *arguments)
+        else:
+            new = filled(*arguments)
+    if batch < 0:
+        raise ValueError(
+            "The iterator of gradients is empty: nothing would be protected. A "
+            "generator that was read before yields nothing any more."
+        )
+    new = map_accumulators(functools.partial(jax.tree.map, narrowed), state, new)
+    _require_sums(state, new)
+    return wrapped_like(new, original)
+
+
+def _require_gradients(
+    gradients: Any, params: Any, per_example: bool, batch: int | None
+) -> None:
+    """Raises unless they are like the parameters and, where that is known, finite."""
+    expected = params
     if per_example:
-        new = compiled(filled_by_each, (), *arguments)((), *arguments)
-    else:
-        new = filled(*arguments)
-    strengthened = functools.partial(jax.tree.map, strengthened_sum)
-    return wrapped_like(map_accumulators(strengthened, state, new), original)
+        lengths = [jnp.shape(g)[0] for g in jax.tree.leaves(gradients) if jnp.ndim(g)]
+        leading = lengths[:1] or [1]
+        expected = jax.tree.map(
+            lambda w: np.broadcast_to(0.0, (*leading, *jnp.shape(w))), params
+        )
+    require_same_shapes(gradients, expected, f"gradients (per_example={per_example})")
+    # Integers may stand beside the optimizer, under optax.masked.
+    floats = jax.tree.map(
+        lambda g: g if jnp.issubdtype(getattr(g, "dtype", float), jnp.inexact) else 0.0,
+        gradients,
+    )
+    bad = _where_false(jax.tree.map(_all_finite, floats))
+    if bad:
+        hold = "The old gradients hold"
+        if batch is not None:
+            hold = f"Batch {batch} of the old gradients (counted from 0) holds"
+        raise ValueError(f"{hold} NaN or infinity, in {bad}. Nothing has been changed.")
+
+
+def _require_sums(old: Any, new: Any) -> None:
+    """Raises if a sum that was finite is so no longer, where that is known."""
+    for before, after in zip(accumulators_in(old), accumulators_in(new), strict=True):
+        bad = _where_false(jax.tree.map(_stayed_finite, before, after))
+        if bad:
+            raise ValueError(
+                f"The sums of |g|^p overflow (or are NaN) in {bad}. Nothing has been "
+                "changed. A smaller power, strength or number of gradients keeps them "
+                "in the range of the accumulators' dtype."
+            )
+
+
+# Leaf by leaf, as they may be on different devices.
+@jax.jit
+def _all_finite(g: Any) -> Any:
+    return jnp.isfinite(g).all()
 
 
 @jax.jit
-def _all_finite(tree: Any) -> Any:
-    return jax.tree.map(lambda g: jnp.isfinite(g).all(), tree)
+def _stayed_finite(before: Any, after: Any) -> Any:
+    return (jnp.isfinite(after) | ~jnp.isfinite(before)).all()
 
 
-def _require_finite(tree: Any, batch: int) -> None:
-    found = jax.tree_util.tree_leaves_with_path(_all_finite(unwrapped(tree)))
-    bad = [path_name(path) for path, finite in found if not finite]
-    if bad:
-        raise ValueError(
-            f"Batch {batch} of the old gradients (counted from 0) holds NaN or "
-            f"infinity, in {', '.join(map(repr, bad))}. Nothing has been changed."
-        )
+def _where_false(tree: Any) -> str:
+    """The leaves that are false, in words; none are where they are traced."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    is_known = not any(isinstance(leaf, Tracer) for _, leaf in found)
+    return ", ".join(leaf_name(path) for path, leaf in found if is_known and not leaf)
 
 
 def _require_fillable(state: Any) -> None:

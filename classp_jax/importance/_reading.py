@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from classp_jax._arrays import path_name, unwrapped, working_dtype
+from classp_jax._arrays import leaf_name, unwrapped, working_dtype
 from classp_jax.importance._states import accumulators_in, no_accumulator
 
 
@@ -145,7 +145,7 @@ def _put_together(one: Any, other: Any, path: tuple[Any, ...] = ()) -> Any:
     if tree != other_tree or jax.tree_util.treedef_is_leaf(tree):
         raise ValueError(
             "This optimizer state holds accumulators of different trees of parameters, "
-            f"or two accumulators for '{path_name(path)}': look at the state of each "
+            f"or two accumulators for {leaf_name(path)}: look at the state of each "
             "optimizer alone."
         )
     return tree.unflatten(

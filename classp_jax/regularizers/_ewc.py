@@ -49,15 +49,14 @@ class EWCState(NamedTuple):
 def ewc(strength: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Elastic weight consolidation with one Fisher diagonal and anchor a task.
 
-    Adds to the gradient that of the penalty
+    Pulls weights, ``strength`` :math:`\lambda` times, to those :math:`w^*_k` at the
+    end of each task :math:`k`, the harder the more they mattered there: by the diagonal
+    :math:`F_k` of its Fisher information, from :func:`fisher_diagonal`. Call
+    :func:`consolidate` with both at the end of each task. Before the first call the
+    penalty, whose gradient is added, is exactly 0:
 
     .. math::
       \frac{\lambda}{2} \sum_k \sum_i F_{k,i}\, (w_i - w^*_{k,i})^2
-
-    over all tasks :math:`k` consolidated so far, where :math:`w^*_k` are the weights
-    at the end of task :math:`k` and :math:`F_k` is the diagonal of its Fisher
-    information there, from :func:`fisher_diagonal`. Call :func:`consolidate` with both
-    at the end of each task. Before the first call the penalty is exactly 0.
 
     The penalty of any number of tasks takes two arrays, because its gradient is
 

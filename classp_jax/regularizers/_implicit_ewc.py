@@ -20,7 +20,7 @@ def implicit_ewc(
     where learning rate, strength and Fisher information multiply to more than 2. Here
     the penalty acts at the *new* weights. With the optimizer's update :math:`u` (its
     learning rate :math:`\alpha` and sign included), sum :math:`S` and mean :math:`m`
-    as in :func:`ewc`, and the argument :math:`\kappa = \alpha \lambda`,
+    as in :func:`ewc`, and ``strength`` :math:`\kappa = \alpha \lambda`,
 
     .. math::
       w \leftarrow \frac{w + u + \kappa S m}{1 + \kappa S}

@@ -31,11 +31,13 @@ def l2_to_anchor(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds a pull to given weights, by default to the initial ones, to the updates.
 
-    .. math::
-      u \leftarrow u + \rho\, (w - w_0),
+    Weight decay, but to an ``anchor`` :math:`w_0`; ``strength`` :math:`\rho` is how
+    strong it is. (To 0 it is ``optax.add_decayed_weights``.)
 
-    the gradient of :math:`\frac{\rho}{2} \|w - w_0\|^2`: weight decay, but to an
-    anchor. (To 0 it is ``optax.add_decayed_weights``.) Inside
+    .. math::
+      u \leftarrow u + \rho\, (w - w_0)
+
+    This is the gradient of :math:`\frac{\rho}{2} \|w - w_0\|^2`. Inside
     :func:`classp_jax.protect` it is weak where a weight has received many gradients and
     strong where it has not: ``protect(optax.chain(l2_to_anchor(rho),
     optax.sgd(alpha)), eps=eps, window=n)`` steps by

@@ -52,16 +52,16 @@ def online_ewc(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Elastic weight consolidation with one running Fisher diagonal, the last anchor.
 
-    After task :math:`k`, adds to the gradient that of the penalty
+    Pulls weights, ``strength`` :math:`\lambda` times, to those :math:`w^*_k` at the
+    end of the last task :math:`k`, the harder the more they mattered so far: by a sum
+    of the diagonals :math:`F_k` of each task's Fisher information, from
+    :func:`fisher_diagonal`, whose old part shrinks by ``decay`` :math:`\gamma` a task.
+    Call :func:`consolidate` with both at the end of each task. Before the first call
+    the penalty, whose gradient is added, is exactly 0:
 
     .. math::
       \frac{\lambda}{2} \sum_i S_{k,i}\, (w_i - w^*_{k,i})^2, \qquad
       S_k = \gamma\, S_{k-1} + F_k, \qquad S_0 = 0
-
-    where :math:`w^*_k` are the weights at the end of task :math:`k` and :math:`F_k` is
-    the diagonal of its Fisher information there, from :func:`fisher_diagonal`. Call
-    :func:`consolidate` with both at the end of each task. Before the first call the
-    penalty is exactly 0.
 
     The paper writes one more :math:`\gamma` in front of the penalty, a constant that is
     part of the strength here, and scales each Fisher matrix to the same size, which

@@ -78,7 +78,11 @@ def si(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Synaptic intelligence: a weight counts by how much its moves lowered the loss.
 
-    Adds to the gradient that of the penalty
+    Pulls weights, ``strength`` :math:`c` times, to those at the end of the last task,
+    the harder the more their moves lowered the loss for their length, to whose square
+    ``damping`` :math:`\xi` is added. Call :func:`consolidate` at the end of each task;
+    SI needs no Fisher information. Before the first call the penalty, whose gradient is
+    added, is exactly 0:
 
     .. math::
       c \sum_i \Omega_i\, (w_i - \tilde w_i)^2, \qquad
@@ -88,10 +92,8 @@ def si(
 
     where :math:`\tilde w` and :math:`\tilde w'` are the weights at the end of the task
     before and of this one, and :math:`g_t` are the gradients of the loss alone as they
-    reach this transform in a task's steps :math:`t`. Call :func:`consolidate` at the
-    end of each task; SI needs no Fisher information. Before the first call the penalty
-    is exactly 0. Mind the factor: this penalty has :math:`c` where EWC's has
-    :math:`\lambda / 2`.
+    reach this transform in a task's steps :math:`t`. Mind the factor: this penalty has
+    :math:`c` where EWC's has :math:`\lambda / 2`.
 
     A transform does not see the step that the rest of its chain makes of a gradient. So
     it remembers gradient and weights, and adds a step to :math:`\omega` once it sees

@@ -33,10 +33,11 @@ def test_the_page_is_its_template_with_the_stored_runs(render):
 
 def test_what_is_said_of_magnitudes_is_what_was_measured(render):
     text = str(finetune.importance_from_magnitude.__doc__)
-    (said,) = re.findall(r"[-+]\d+\.\d+ \(.*?\)(?= points)", text)
-    table = render.sources("fashion", render.PLANS["fashion"].targets[-1])
-    (measured,) = [row for row in table.split("\n") if "magnitude" in row]
-    assert measured.endswith(f"| {said} |")
+    said = re.findall(r"[-+]\d+\.\d+ \(.*?\)(?= points| hundredths)", text)
+    for problem, words in zip(("fashion", "language"), said, strict=True):
+        table = render.sources(problem, render.PLANS[problem].targets[-1])
+        (measured,) = [row for row in table.split("\n") if "magnitude" in row]
+        assert measured.endswith(f"| {words} |")
 
 
 def test_no_result_in_the_template_is_typed(render):

@@ -232,7 +232,7 @@ def test_flags(value):
     says("per_leaf", "bool")(info)
 
 
-@pytest.mark.parametrize("inner", [0.1, optax.sgd, None, {}], ids=str)
+@pytest.mark.parametrize("inner", [0.1, optax.sgd, None, {}])
 def test_what_is_no_optimizer_cannot_be_braked(inner):
     with pytest.raises(
         TypeError, match=r"inner must be .*such as optax\.sgd\("

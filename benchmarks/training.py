@@ -176,14 +176,14 @@ def rows_of(networks: list[str], steps: dict[str, int], seeds: int) -> list[Row]
     return rows
 
 
-def print_cost_of_checkpoints(seeds: int, repetitions: int, thousands: int) -> None:
-    """Trains the MLP with and without checkpoints, and prints what they cost."""
+def print_cost_of_checkpoints(
+    network: str, seeds: int, repetitions: int, thousands: int
+) -> None:
+    """Trains with and without checkpoints, and prints what they cost."""
     chosen = method("classp")
     settings = [resolve_settings(chosen, {"classp": SETTINGS["classp"]})]
-    print("| loop | checkpoints | s without | s with | cost in time | in CPU time |")
-    print("|---|---:|---:|---:|---:|---:|")
     for together in (1, seeds):
-        experiment = experiment_of("mlp", 1000, together, epochs=thousands)
+        experiment = experiment_of(network, 1000, together, epochs=thousands)
 
         def seconds(every: int | None, experiment: Experiment = experiment) -> Times:
             with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def print_cost_of_checkpoints(seeds: int, repetitions: int, thousands: int) -> N
         costs = [statistics.median(b[k] / a[k] for a, b in pairs) - 1 for k in range(2)]
         name = "one seed" if together == 1 else f"{together} seeds side by side"
         print(
-            f"| {name} | {thousands * together} "
+            f"| {network} | {name} | {thousands * together} "
             f"| {statistics.median(a.wall for a, _ in pairs):.2f} "
             f"| {statistics.median(b.wall for _, b in pairs):.2f} "
             f"| {costs[0]:.1%} | {costs[1]:.1%} |",
@@ -220,9 +220,15 @@ def main() -> None:
     parser.add_argument("--checkpoints", action="store_true", help="what they cost")
     options = parser.parse_args()
     if options.checkpoints:
-        thousands = max(options.steps // 200, 2)
-        seeds, repetitions = options.seeds or 2, options.repetitions or 5
-        print_cost_of_checkpoints(seeds, repetitions, thousands)
+        seeds = options.seeds or 2
+        columns = ("network", "loop", "checkpoints", "s without", "s with")
+        print(f"| {' | '.join(columns)} | cost in time | in CPU time |")
+        print("|---|---|---:|---:|---:|---:|---:|", flush=True)
+        for network in options.networks:
+            most = 5 if network == "mlp" else 1  # The CNN takes a minute for 1,000.
+            thousands = max(options.steps // 200, 2) if network == "mlp" else 1
+            repetitions = options.repetitions or most
+            print_cost_of_checkpoints(network, seeds, repetitions, thousands)
         return
     seeds, repetitions = options.seeds or 4, options.repetitions or 7
     steps = {"mlp": options.steps, "cnn": max(options.steps // 10, 1)}

@@ -421,7 +421,10 @@ def _handler(processes: tuple[int, ...]) -> Any:
         ),
     )
     return ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=options, type_handler_registry=handlers
+        multiprocessing_options=options,
+        type_handler_registry=handlers,
+        # It takes time, and weights hardly shrink.
+        use_compression=False,
     )
 
 

@@ -366,7 +366,7 @@ def other_configuration(folder: pathlib.Path) -> Outcome:
 
 
 def not_writable(folder: pathlib.Path) -> Outcome:
-    """A folder that cannot be written to."""
+    """A folder that is a file, not there to be made, or on a read-only disk."""
     # Not by its permissions, which do not hold for root.
     (folder / "file").write_text("")
     read_only = _mounted(READ_ONLY, folder / "disk")

@@ -225,9 +225,11 @@ def main() -> None:
         print(f"| {' | '.join(columns)} | cost in time | in CPU time |")
         print("|---|---|---:|---:|---:|---:|---:|", flush=True)
         for network in options.networks:
-            most = 5 if network == "mlp" else 1  # The CNN takes a minute for 1,000.
-            thousands = max(options.steps // 200, 2) if network == "mlp" else 1
-            repetitions = options.repetitions or most
+            # Of the CNN, 1,000 steps take as long as 60,000 of the MLP.
+            thousands, pairs = max(options.steps // 200, 2), 5
+            if network == "cnn":
+                thousands = pairs = 1
+            repetitions = options.repetitions or pairs
             print_cost_of_checkpoints(network, seeds, repetitions, thousands)
         return
     seeds, repetitions = options.seeds or 4, options.repetitions or 7

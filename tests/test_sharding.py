@@ -375,8 +375,8 @@ def test_units_are_of_the_whole_leaf(name: str, place: str):
         )
 
     state = put(start, specs)
-    for now, then in zip(units_gradients(), expected, strict=True):
+    for gradients, after in zip(units_gradients(), expected, strict=True):
         with jax.set_mesh(mesh):
-            updates, state = update(put(now, layout), state)
-        assert_close((updates, state), then, rtol=1e-5)
+            updates, state = update(put(gradients, layout), state)
+        assert_close((updates, state), after, rtol=1e-5)
         assert updates["w"].sharding.spec[0] == "x"

@@ -233,7 +233,9 @@ def find(
     Raises:
       CheckpointError: if there are some, but none that is whole.
     """
-    stored = {n: path for n, path in _stored(folder).items() if step in (None, n)}
+    # What Orbax wrote there, and has no manifest any more, is damaged.
+    stored = _stored(folder, MANIFEST, "manifest.ocdbt")
+    stored = {n: path for n, path in stored.items() if step in (None, n)}
     steps = {*stored}
     devices = [jax.local_devices(process_index=process)[0] for process in processes]
     rank = processes.index(jax.process_index()) if processes else 0
@@ -530,7 +532,7 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def _prune(folder: pathlib.Path, step: int, keep: int) -> None:
-    steps = sorted(_stored(folder))
+    steps = sorted(_stored(folder, MANIFEST))
     earlier = [number for number in steps if number <= step]
     for number in {*steps} - {*earlier[-keep:]}:
         # Renamed first, so that no half of it is taken for damaged.
@@ -538,17 +540,14 @@ def _prune(folder: pathlib.Path, step: int, keep: int) -> None:
     _remove_unfinished(folder)
 
 
-def _stored(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The checkpoints in a folder by their steps; what else is there is not ours."""
+def _stored(folder: pathlib.Path, *files: str) -> dict[int, pathlib.Path]:
+    """What holds one of these files in a folder of checkpoints, by its step."""
     found = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        number = name.removesuffix(_REPLACED)
-        if (
-            number.isascii()
-            and number.isdigit()
-            and (folder / name / MANIFEST).exists()
-        ):
-            found.setdefault(int(number), folder / name)
+        number, path = name.removesuffix(_REPLACED), folder / name
+        is_step = number.isascii() and number.isdigit()
+        if is_step and any((path / file).exists() for file in files):
+            found.setdefault(int(number), path)
     return found
 
 

@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     traceback.
 
     Returns:
-      The exit status: 0, 1 for an error, 2 for a command line that cannot be read, 130
-      after Ctrl-C, 143 after SIGTERM.
+      The exit status: 0, 1 for an error, 2 for a command line it does not understand,
+      130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:

@@ -18,7 +18,7 @@ class DataError(ContinualError):
 
 
 class CheckpointError(ContinualError):
-    """A checkpoint that cannot be written, read or used; the message is one line."""
+    """Writing, reading or using a checkpoint failed; the message is one line."""
 
 
 class Stopped(ContinualError):  # noqa: N818 - nothing went wrong

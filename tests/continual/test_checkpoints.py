@@ -187,6 +187,14 @@ def test_what_is_not_ours_is_never_removed(tmp_path):
         assert (tmp_path / name / "thesis.txt").read_text() == "all of it"
 
 
+def test_a_checkpoint_without_its_manifest_is_named(tmp_path):
+    for step in (1, 2):
+        continual.save(tmp_path, np.arange(3), step=step).result()
+    (tmp_path / "2" / checkpoints.MANIFEST).unlink()
+    with pytest.warns(continual.CheckpointWarning, match=r"/2 is damaged .*manifest"):
+        assert continual.restore(tmp_path, np.arange(3)).step == 1
+
+
 class Killed(BaseException):
     """Comes where a process would end."""
 

@@ -182,22 +182,13 @@ def run(
     keepers = {}
     if keeping:
         for name in chosen:
-            keeper = keepers[name] = Keeper(
+            keepers[name] = Keeper(
                 folder_of(folder, name),
                 {"settings": known_by[name], "configuration": configuration},
                 every=checkpoint_every,
                 resume=resume,
             )
-
-    def check_all() -> str:
-        for name, keeper in keepers.items() if is_first() else ():
-            if _missing(setup.experiment, name, known_by[name], results):
-                keeper.check()
-            else:
-                keeper.remove_finished(_seeds_of(setup.experiment))
-        return ""
-
-    each(check_all)
+    _check(keepers, setup.experiment, known_by, results)
     todo = _compiled(setup.experiment, chosen, resolved, known_by, results)
     for name, (method, experiment) in todo.items():
         if folder is not None:
@@ -241,6 +232,25 @@ def run(
             if keeper is not None:
                 keeper.remove()
     return results
+
+
+def _check(
+    keepers: Mapping[str, Keeper],
+    experiment: Experiment,
+    known_by: Mapping[str, Mapping[str, Any]],
+    results: Results,
+) -> None:
+    """Refuses checkpoints of other runs, and removes those of runs that are stored."""
+
+    def check() -> str:
+        for name, keeper in keepers.items() if is_first() else ():
+            if _missing(experiment, name, known_by[name], results):
+                keeper.check()
+            else:
+                keeper.remove_finished(_seeds_of(experiment))
+        return ""
+
+    each(check)
 
 
 def _save(

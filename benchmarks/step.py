@@ -80,10 +80,14 @@ def gradients(leaves: int, parameters: int) -> list[np.ndarray]:
 
 
 def training_step(tx: optax.GradientTransformation) -> Any:
-    """The jitted step of update and apply_updates, parameters and state donated."""
+    """The jitted step of update and apply_updates, parameters and state donated.
 
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
+    Its last argument is the key of those that are random; the others ignore it.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params: Any, state: Any, grads: Any, key: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params, key=key)
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -96,14 +100,15 @@ def jax_row(
     on_device = [jnp.asarray(g) for g in grads]
     params = [jnp.ones_like(g) for g in on_device]
     state = tx.init(params)
-    compiled = training_step(tx).lower(params, state, on_device).compile()
+    key = jax.random.key(0)
+    compiled = training_step(tx).lower(params, state, on_device, key).compile()
     count = sum(g.size for g in grads)
     costs: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
     held = [(params, state)]
 
     def run() -> None:
-        held.append(compiled(*held.pop(), on_device))
+        held.append(compiled(*held.pop(), on_device, key))
         jax.block_until_ready(held[0])
 
     return Row(
@@ -126,7 +131,8 @@ def compiled_for(
     params = {f"leaf {i}": leaf for i in range(LEAVES)}
     cut = NamedSharding(chips, PartitionSpec(ahead.AXIS))
     shardings = jax.tree.map(lambda _: cut, params)
-    arguments = (params, jax.eval_shape(tx.init, params), params)
+    key = jax.eval_shape(jax.random.key, 0)
+    arguments = (params, jax.eval_shape(tx.init, params), params, key)
     placed = ahead.placed(arguments, params, shardings, chips)
     return training_step(tx).lower(*placed).compile()
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 import classp_jax
-from classp_jax import regularizers
+from classp_jax import regularizers, rivals
 
 RATE, THRESHOLD, EPS = 0.01, 1e-6, 1e-5
 BASELINE = "optax.adagrad"
@@ -17,6 +17,17 @@ _scaling = classp_jax.scale_by_generalized_adagrad
 def classp(power: float = 1.0, **options: Any) -> Any:
     """``classp`` with the settings that all rows share."""
     return classp_jax.classp(RATE, THRESHOLD, power, EPS, **options)
+
+
+def _with_pairs(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """One that takes a pair of gradients, given the same array twice."""
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return tx.update((updates, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def transforms() -> dict[str, optax.GradientTransformation]:
@@ -49,5 +60,18 @@ def transforms() -> dict[str, optax.GradientTransformation]:
         "l2_to_anchor, classp": optax.chain(regularizers.l2_to_anchor(1.0), classp()),
         "ewc, classp": optax.chain(regularizers.ewc(1.0), classp()),
         "online_ewc, classp": optax.chain(regularizers.online_ewc(1.0), classp()),
+        "sgd, implicit_ewc": optax.chain(
+            optax.sgd(RATE), regularizers.implicit_ewc(1.0)
+        ),
         "si, classp": optax.chain(regularizers.si(1.0), classp()),
+        "streaming_importance, sgd": optax.chain(
+            rivals.streaming_importance(1.0), optax.sgd(RATE)
+        ),
+        "sgd, shrink_and_perturb": optax.chain(
+            optax.sgd(RATE), rivals.shrink_and_perturb(1e-4, 1e-4)
+        ),
+        "upgd": rivals.upgd(RATE),
+        "bayesian_gradient_descent": _with_pairs(
+            rivals.bayesian_gradient_descent(1.0, window=1000.0)
+        ),
     }

@@ -107,6 +107,25 @@ def test_the_setting_that_loses_least_over_all_streams(fake):
     np.testing.assert_allclose(scores, [60, 70])
 
 
+def test_the_page_s_words_hold(league):
+    """What its sentences say beyond the words that intervals give."""
+    runs, words = league.runs, league.differences
+    for stream, brake in words("protect-adam", "adam").items():
+        above_sgd = runs.difference(stream, "adam", "sgd")
+        far = above_sgd.word == "ahead" and above_sgd.mean > 5
+        assert (brake.word == "ahead") == far, stream
+    on_sentiment = {
+        name: runs.difference("sentiment", name, "adam") for name in league.FORMS
+    }
+    assert on_sentiment["classp"].word == "behind"
+    assert on_sentiment["classp-leaf"].word == "ahead"
+    ranked = runs.ranked("sentiment", free=True)
+    assert ranked[:2] == ["protect-rmsprop", "protect-adam"]
+    assert runs.difference("sentiment", *ranked[:2]).word == "ahead"
+    for form in ("classp", "protect-adam", "protect-rmsprop"):
+        assert runs.percent("streaming-digits", form, "0 back").mean() < 30
+
+
 def test_claims_from_three_seeds(league):
     claims = sys.modules[league.few_seeds.__module__]
     rng = np.random.default_rng(0)

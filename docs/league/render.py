@@ -5,6 +5,8 @@ Run ``python docs/league/render.py`` (extra ``dev``). No number of the page is t
 ``runs`` and ``without_tuning``.
 """
 
+from collections.abc import Mapping
+
 import jinja2
 import numpy as np
 import stored_runs as runs
@@ -14,7 +16,7 @@ from study import FORMS, METHODS, PROTOCOLS, REMEDIES
 from thresholds import THRESHOLDS
 
 from classp_jax.continual.report.frontier import frontier_picture
-from classp_jax.continual.results.statistics import paired_difference
+from classp_jax.continual.results.statistics import Difference, paired_difference
 
 FOLDER = runs.FOLDER
 PAGE = FOLDER.parent / "results.md"
@@ -48,7 +50,12 @@ def league(stream: str) -> str:
             [
                 f"**`{name}`**" if name in FORMS else f"`{name}`",
                 runs.mean(runs.percent(stream, name)),
-                *(runs.mean(runs.percent(stream, name, key)) for key, _ in extra),
+                *(
+                    "-"
+                    if name == "joint"
+                    else runs.mean(runs.percent(stream, name, key))
+                    for key, _ in extra
+                ),
                 str(place),
                 own_rank,
                 against,
@@ -114,27 +121,71 @@ def best(stream: str, kind: str) -> str:
     return next(filter(chosen, runs.ranked(stream)), "")
 
 
+def grouped(found: Mapping[str, Difference]) -> str:
+    """Where differences are ahead, level and behind, for a sentence."""
+    words = {"ahead": [], "level": [], "behind": [], "": []}
+    for stream, one in found.items():
+        words[one.word].append(f"`{stream}`")
+    return "; ".join(
+        f"{word or 'not compared, as a seed diverged,'} on {', '.join(streams)}"
+        for word, streams in words.items()
+        if streams
+    )
+
+
+def differences(method: str, other: str) -> dict[str, Difference]:
+    """The paired differences of two methods on every stream that has both."""
+    return {
+        stream: runs.difference(stream, method, other)
+        for stream in runs.streams()
+        if runs.has(stream, method) and runs.has(stream, other)
+    }
+
+
 def against(kind: str) -> str:
-    """The named form against the best method of a kind on every stream, in words."""
-    texts = []
-    for stream in runs.streams():
-        other = best(stream, kind)
-        if other and runs.has(stream, runs.named()):
-            found = runs.interval(runs.difference(stream, runs.named(), other))
-            texts.append(f"{runs.stored(stream)['title']}: {found} (`{other}`)")
-    return "; ".join(texts)
+    """Where the named form stands to the best method of a kind, in words."""
+    return grouped(
+        {
+            stream: runs.difference(stream, runs.named(), other)
+            for stream in runs.streams()
+            if (other := best(stream, kind)) and runs.has(stream, runs.named())
+        }
+    )
 
 
 def form(name: str) -> str:
-    """Another method against the named form on every stream, in words."""
-    found = {
-        stream: runs.difference(stream, name, runs.named())
-        for stream in runs.streams()
-        if runs.has(stream, name) and runs.has(stream, runs.named())
-    }
-    return "; ".join(
-        f"{runs.stored(s)['title']}: {runs.interval(one)}" for s, one in found.items()
-    )
+    """Where another method stands to the named form, in words."""
+    if name == runs.named():
+        return "that is the named form"
+    return grouped(differences(name, runs.named()))
+
+
+def best_rivals() -> str:
+    """The named form against the best method of each kind, a line a stream."""
+    kinds = {"free": "told nothing", "told": "told the boundary", "storing": "storing"}
+    body = []
+    for stream in runs.streams():
+        cells = []
+        for kind in kinds:
+            other = best(stream, kind)
+            if not other or not runs.has(stream, runs.named()):
+                cells.append("")
+                continue
+            found = runs.interval(runs.difference(stream, runs.named(), other))
+            cells.append(f"`{other}`: {found}")
+        body.append([f"`{stream}`", *cells])
+    return runs.table(["Stream", *kinds.values()], body)
+
+
+def forms() -> str:
+    """Every other form against the named one, a column a stream."""
+    streams = [s for s in runs.streams() if runs.has(s, runs.named())]
+    body = []
+    for name in (name for name in FORMS if name != runs.named()):
+        found = differences(name, runs.named())
+        cells = [runs.interval(found[s]) if s in found else "" for s in streams]
+        body.append([f"`{name}`", *cells])
+    return runs.table(["Form", *(f"`{s}`" for s in streams)], body)
 
 
 def missing(stream: str) -> str:
@@ -215,38 +266,44 @@ def has_option(stream: str, option: str) -> bool:
     return any(name.startswith(f"{option}+") for name in runs.methods(stream))
 
 
-def between(method: str, other: str) -> str:
-    """Two methods on every stream, in words."""
-    return "; ".join(
-        f"{runs.stored(s)['title']}: {runs.interval(runs.difference(s, method, other))}"
-        for s in runs.streams()
-        if runs.has(s, method) and runs.has(s, other)
-    )
+def brake_on_adam() -> str:
+    """The brake on Adam against Adam, and Adam against SGD, a line a stream."""
+    pairs = [("protect-adam", "adam"), ("adam", "sgd")]
+    found = [differences(*pair) for pair in pairs]
+    body = [
+        [f"`{stream}`", *(runs.interval(one[stream]) for one in found)]
+        for stream in found[0]
+    ]
+    return runs.table(["Stream", *(f"`{a}` against `{b}`" for a, b in pairs)], body)
 
 
 def remedies() -> str:
-    """What the remedies reach on the streams they were run on, and what others do."""
-    items = []
-    for remedy in REMEDIES:
-        among = [s for s in runs.wide() if runs.has(s, remedy)]
-        if not among:
-            continue
-        texts = []
-        for method in (remedy, runs.named(), "protect-adam", "adam"):
-            best = without_tuning.trial_scores(method, among).max(axis=1)
-            _, scores = without_tuning.shared_setting(method, among)
-            own, shared = (", ".join(f"{x:.1f}" for x in n) for n in (best, scores))
-            texts.append(f"`{method}` {shared} (a setting each: {own})")
-        titles = ", ".join(runs.stored(s)["title"] for s in among)
-        items.append(f"- {titles}: {'; '.join(texts)}")
-    return "\n".join(items)
+    """What one setting reaches everywhere, and a setting for each stream, by method."""
+    among = [s for s in runs.wide() if all(runs.has(s, r) for r in REMEDIES)]
+    body = []
+    for method in (*REMEDIES, runs.named(), "protect-adam", "adam"):
+        own = without_tuning.trial_scores(method, among).max(axis=1)
+        _, shared = without_tuning.shared_setting(method, among)
+        cells = [f"{a:.1f} ({b:.1f})" for a, b in zip(shared, own, strict=True)]
+        body.append([f"`{method}`", *cells])
+    return runs.table(["Method", *(f"`{s}`" for s in among)], body)
 
 
 def start_without_tuning() -> str:
-    """Code with the setting of `classp-mean` that loses least over all streams."""
-    found, _ = without_tuning.shared_setting("classp-mean", runs.wide())
-    rate, prior = (f"{found[key]:.1g}" for key in ("learning_rate", "prior"))
-    call = f"classp(lambda step: {rate} * (1.0 + step), eps=0.0, prior={prior})"
+    """Code with the setting of CLASSP that does best for all streams."""
+    form = without_tuning.best_shared_form()
+    found, _ = without_tuning.shared_setting(form, runs.wide())
+    rate = f"{found['learning_rate']:.1g}"
+    if form == "classp-mean":
+        rate = f"lambda step: {rate} * (1.0 + step)"
+    words = [f"{k}={found[k]:.1g}" for k in ("eps", "prior") if k in found]
+    if "eps" not in found:
+        words.append("eps=0.0")
+    if "window" in found:
+        words.append(f"window={float(format(found['window'], '.1g')):.0f}")
+    if "leaf" in form:
+        words.append('eps_unit="leaf"')
+    call = f"classp({', '.join([rate, *words])})"
     lines = ["import classp_jax", "", f"optimizer = classp_jax.{call}"]
     return "\n".join(["```python", *lines, "```"])
 
@@ -320,10 +377,10 @@ def at_equal_plasticity(stream: str) -> str:
 
 
 def draw() -> None:
-    """Draws the frontier of every stream whose trials were measured."""
+    """Draws the frontier of every stream whose trials were judged by it."""
     for stream in runs.streams():
         points = frontier_points(stream)
-        if points:
+        if points and PROTOCOLS[stream].criterion == "recent":
             picture = frontier_picture(points, "newest task", "twenty tasks back")
             path = FOLDER / f"{stream}-frontier.png"
             picture.savefig(path, metadata={"Software": None})

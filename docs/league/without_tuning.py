@@ -63,14 +63,14 @@ def one_setting(among: Sequence[str]) -> str:
     rows = {m: untuned(m, among) for m in with_free_trials(among)}
 
     def total(method: str) -> float:
-        return float(np.mean([score for _, score, _ in rows[method].values()]))
+        return _means(rows[method])
 
     order = sorted(rows, key=total, reverse=True)
     header = [
         "Method",
         "mean, %",
         "mean lost",
-        *(runs.stored(s)["title"] for s in among),
+        *(f"`{s}`" for s in among),
         "one setting for all, mean, %",
         "mean lost",
     ]
@@ -106,6 +106,20 @@ def everywhere(method: str, among: Sequence[str]) -> str:
     return f"{setting}: {', '.join(f'{score:.1f}' for score in scores)} %"
 
 
+def best_untuned_form() -> str:
+    """The form of CLASSP that does best with settings chosen on other streams."""
+    return max(FORMS, key=lambda form: _means(untuned(form, runs.wide())))
+
+
+def best_shared_form() -> str:
+    """The form of CLASSP whose one setting for all streams does best."""
+    return max(FORMS, key=lambda form: shared_setting(form, runs.wide())[1].mean())
+
+
+def _means(found: dict[str, tuple[dict[str, float], float, float]]) -> float:
+    return float(np.mean([score for _, score, _ in found.values()]))
+
+
 def lost(method: str) -> str:
     """The points that a method loses without tuning, the mean over streams."""
     found = untuned(method, runs.wide())
@@ -114,5 +128,4 @@ def lost(method: str) -> str:
 
 def score_without(method: str) -> str:
     """The accuracy of a method without tuning, the mean over streams."""
-    found = untuned(method, runs.wide())
-    return f"{np.mean([score for _, score, _ in found.values()]):.1f}"
+    return f"{_means(untuned(method, runs.wide())):.1f}"

@@ -45,7 +45,9 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
     """A tree like the parameters: the sum of ``|g|^p`` over accepted gradients."""
     mean_square: jax.typing.ArrayLike
     """Float32 ``[leaves]``: a moving average of each leaf's mean squared gradient, not
-    corrected for its start at 0. Stays 0 where ``eps_unit`` does not ask for it."""
+    corrected for its start at 0. Stays 0 where ``eps_unit`` does not ask for it. A
+    transform with a unit that takes over such a state counts the steps before as
+    gradients of 0: the unit is too small until some hundred steps later."""
 
 
 def scale_by_generalized_adagrad(

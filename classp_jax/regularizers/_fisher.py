@@ -115,7 +115,7 @@ def fisher_diagonal(
         raise ValueError("key is needed for kind='sampled', got None.")
     params = float_arrays(params, "parameter", real=True)
     x = jax.tree.map(jnp.asarray, x)
-    examples = _number_of_examples(x)
+    examples = number_of_examples(x)
     num_classes = _number_of_classes(logits_fn, params, x)
     classes = _checked_classes(classes, num_classes)
     y = _checked_labels(y, examples, classes) if kind == "empirical" else None
@@ -225,7 +225,7 @@ def _replicated(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, sharding.update(spec=P()))
 
 
-def _number_of_examples(x: Any) -> int:
+def number_of_examples(x: Any) -> int:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
         shapes = sorted({jnp.shape(leaf) for leaf in jax.tree.leaves(x)})

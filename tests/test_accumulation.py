@@ -273,6 +273,11 @@ def test_a_finite_gradient_whose_square_overflows_does_not_stop_the_others(power
             updates, state = tx.update(jnp.asarray([large, 1.0, -2.0]), state)
             assert np.isfinite(updates).all()
         assert np.all(updates[1:] != 0)
+        # Whose power overflows, but not its square: epsilon does, too.
+        state = tx.init(jnp.zeros(1))
+        for _ in range(2):
+            updates, state = tx.update(jnp.asarray([1e10]), state)
+            assert np.isfinite(updates).all()
 
 
 # Sums in bfloat16.

@@ -31,6 +31,9 @@ def fisher_diagonal(
 ) -> Any:
     r"""The diagonal of a classifier's Fisher information, for EWC.
 
+    How much the classes that ``logits_fn`` gives the examples ``x``, :math:`x_1` to
+    :math:`x_N`, depend on each of the weights ``params`` :math:`w`:
+
     .. math::
       F_i = \frac{1}{N} \sum_{n=1}^{N} \mathbb{E}_{c}
       \left( \frac{\partial \log p(c \mid x_n, w)}{\partial w_i} \right)^2, \qquad

@@ -16,6 +16,10 @@ def mas_importance(
 ) -> Any:
     r"""How much the outputs depend on every weight, without labels.
 
+    ``logits_fn`` :math:`f` gives the outputs for the examples ``x``, :math:`x_1` to
+    :math:`x_n`, at the weights ``params`` :math:`w`; what counts is how fast their
+    squared size changes with a weight:
+
     .. math::
       \Omega_i = \frac{1}{n} \sum_{k=1}^n
         \left| \frac{\partial \|f(x_k)\|^2}{\partial w_i} \right|

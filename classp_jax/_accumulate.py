@@ -45,7 +45,9 @@ class ScaleByGeneralizedAdagradState(NamedTuple):
     """A tree like the parameters: the sum of ``|g|^p`` over accepted gradients."""
     mean_square: jax.typing.ArrayLike
     """Float32 ``[leaves]``: a moving average of each leaf's mean squared gradient, not
-    corrected for its start at 0. Stays 0 where ``eps_unit`` does not ask for it."""
+    corrected for its start at 0. Stays 0 where ``eps_unit`` does not ask for it. A
+    transform with a unit that takes over such a state counts the steps before as
+    gradients of 0: the unit is too small until some hundred steps later."""
 
 
 def scale_by_generalized_adagrad(
@@ -101,7 +103,8 @@ def scale_by_generalized_adagrad(
     gradient, there is no unit and nothing moves; the accumulators fill. The mean is
     over the whole leaf, however it is sharded, and in :func:`classp` over masked
     gradients, too. Gradients whose squares, or their sum over a leaf, leave float32
-    (below 1e-19; above 1e19, or 1e15 in a large leaf) have no unit.
+    (below 1e-19; above 1e19, or 1e15 in a large leaf) are of no unit: the small count
+    as 0, and a step with a large one leaves the average as it is.
 
     **A prior** is a start without a scale: a weight's accumulator begins as if it had
     already received ``prior`` gradients of the size of its first one,
@@ -134,8 +137,9 @@ def scale_by_generalized_adagrad(
       prior: :math:`c \ge 0`, the number of gradients that an accumulator begins with;
         a number or a scalar array.
       window: :math:`N \ge 1`, the number of steps that are remembered, or None for
-        all; a number, a schedule ``step -> value`` or a scalar array. In float32 it
-        holds to 1 % up to a million.
+        all; a number, a schedule ``step -> value`` or a scalar array. In float32 the
+        sum of constant gradients is right to 1 % up to a hundred thousand steps, and at
+        a million up to 10 % low.
       eps_unit: None, ``"leaf"`` or ``"tree"``: what epsilon is measured in.
       scaling: whether to divide. Off means: go on accumulating and return the gradient
         as it came. A bool, a schedule ``step -> bool`` or a scalar array.
@@ -248,6 +252,8 @@ class Accumulation:
         mean_square = jnp.asarray(state.mean_square)
         if self.eps_unit is not None and leaves:
             now = jnp.stack([_mean_square(g, mean_square) for g in leaves])
+            # Not to be averaged: infinity minus itself, in the next step, is NaN.
+            now = jnp.where(now == np.inf, mean_square, now)
             mean_square = mean_square + (1 - _DECAY) * (now - mean_square)
         count = optax.safe_increment(state.count)
         return ScaleByGeneralizedAdagradState(count, after, mean_square), before

@@ -131,8 +131,9 @@ def inject_hyperparams(
     changed while training. Optax's own function, called on :func:`classp` without
     further arguments, makes of every number a traced one of the parameters' dtype: a
     traced ``power`` takes the slow form, and in float16 an ``eps`` of 1e-9 is 0. Here
-    the power stays a plain number and the others are float32; ``accumulator_dtype``
-    stays what it is, where Optax takes ``jnp.bfloat16`` for a schedule.
+    the power stays a plain number and the others are float32 (write 1.0, as whole
+    numbers stay integers); ``accumulator_dtype`` stays what it is, where Optax takes
+    ``jnp.bfloat16`` for a schedule.
 
     Args:
       factory: a function that makes a transform, such as :func:`classp`.

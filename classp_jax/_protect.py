@@ -149,7 +149,8 @@ def _braked(u: jax.Array, a: jax.Array, eps: Any, power: Any) -> jax.Array:
     An epsilon of 0 says that there is no unit for it yet.
     """
     dtype = np.promote_types(working_dtype(u), a.dtype)
-    eps = jnp.asarray(eps, dtype)
+    # A unit may overflow as the sum does, and infinity by itself is NaN.
+    eps = jnp.minimum(jnp.asarray(eps, dtype), jnp.finfo(dtype).max)
     # Left out rather than divided by 0, whose derivative is not finite.
     no_unit = eps == 0
     ratio = a.astype(dtype) / jnp.where(no_unit, jnp.ones_like(eps), eps)

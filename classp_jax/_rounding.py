@@ -28,7 +28,8 @@ def stored_sum(step: Any, a: jax.Array, term: jax.Array, like: Any, leaf: int) -
     # What float32 lost, in units of its last place: of a million terms it is 3 %.
     lost = (a - (total - (total - a))) + (term - (total - a))
     binade = lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)
-    lost = jnp.where(binade > 0, lost / binade * 2.0**23, 0.0)
+    # At least the smallest normal number: 0 / 0 is a NaN, if only in passing.
+    lost = jnp.where(binade > 0, lost / jnp.maximum(binade, 2.0**-126) * 2.0**23, 0.0)
     lower = (noise & jnp.uint32(0xFFFF)).astype(jnp.float32) * 2.0**-16
     carry = jnp.floor(lost + lower).astype(jnp.int32).astype(jnp.uint32)
     cut = (bits + (noise >> 16) + carry) & jnp.uint32(0xFFFF0000)

@@ -218,6 +218,17 @@ def test_a_long_window_keeps_its_length_in_float32():
     np.testing.assert_allclose(lost, 1000 * -np.expm1(-steps / window), rtol=0.01)
 
 
+@pytest.mark.parametrize(("window", "tolerance"), [(1e5, 0.01), (1e6, 0.1)])
+def test_the_limit_of_a_constant_gradient_in_a_long_window(window, tolerance):
+    """A float32 stands still once what it gains and loses round to the same number."""
+    tx: Any = classp_jax.scale_by_generalized_adagrad(window=window)
+    g = jnp.asarray(np.geomspace(1e-3, 1e3, 64), jnp.float32)
+    state = tx.init(g)._replace(accumulator=0.8 * window * g)
+    steps = int(5 * window)
+    state = jax.lax.fori_loop(0, steps, lambda _, s: tx.update(g, s)[1], state)
+    np.testing.assert_allclose(state.accumulator, window * g, rtol=tolerance)
+
+
 # Epsilon in units of the gradient.
 
 
@@ -247,6 +258,26 @@ def test_a_leaf_without_a_unit_does_not_move_and_bad_numbers_show():
     updates, _ = tx.update(g, state)
     assert np.isnan(updates["dead"]).all()
     assert np.isfinite(updates["live"]).all()
+
+
+@pytest.mark.parametrize("unit", ["leaf", "tree"])
+@pytest.mark.parametrize("power", POWERS)
+def test_a_finite_gradient_whose_square_overflows_does_not_stop_the_others(power, unit):
+    for tx in (
+        classp_jax.classp(1.0, 0.0, power, eps_unit=unit),
+        classp_jax.protect(optax.sgd(1.0), power, eps_unit=unit),
+    ):
+        state: Any = tx.init(jnp.zeros(3))
+        updates: Any = None
+        for large in (1.0, 1.0, 1e20, 1e38, 1.0):
+            updates, state = tx.update(jnp.asarray([large, 1.0, -2.0]), state)
+            assert np.isfinite(updates).all()
+        assert np.all(updates[1:] != 0)
+        # Whose power overflows, but not its square: epsilon does, too.
+        state = tx.init(jnp.zeros(1))
+        for _ in range(2):
+            updates, state = tx.update(jnp.asarray([1e10]), state)
+            assert np.isfinite(updates).all()
 
 
 # Sums in bfloat16.
@@ -559,6 +590,9 @@ def test_no_false_alarm_of_debug_nans():
             tx: Any = classp_jax.classp(1.0, power=power, eps=0.0)
             updates, _ = tx.update(g, tx.init(g))
             assert np.isfinite(updates).all()
+        tx = classp_jax.classp(1.0, accumulator_dtype=jnp.bfloat16)
+        updates, _ = tx.update(g, tx.init(g))
+        assert np.isfinite(updates).all()
 
 
 def test_scalars_of_ml_dtypes_are_numbers():

@@ -1,5 +1,6 @@
 """Every number in the documentation equals the stored result that it names."""
 
+import inspect
 import json
 import pathlib
 import re
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import classp_jax
-from classp_jax import regularizers
+from classp_jax import finetune, regularizers, rivals
 from classp_jax.continual import presets
 from classp_jax.continual.results import load
 
@@ -271,16 +272,26 @@ def test_below_every_table_stands_when_and_with_which_code_it_was_made(paper):
         classp_jax.mask_to_density,
         classp_jax.protect,
         classp_jax.scale_by_generalized_adagrad,
+        finetune.importance_from_magnitude,
+        finetune.merge,
         regularizers.ewc,
+        regularizers.fisher_diagonal,
         regularizers.implicit_ewc,
         regularizers.l2_to_anchor,
+        regularizers.mas_importance,
         regularizers.online_ewc,
         regularizers.si,
+        rivals.bayesian_gradient_descent,
+        rivals.shrink_and_perturb,
+        rivals.streaming_importance,
+        rivals.upgd,
     ],
     ids=lambda transform: transform.__name__,
 )
 def test_docstrings_say_what_parameters_are_before_the_formula(transform):
     words, formula, *_ = re.split(r"\.\. math::\n", transform.__doc__)
+    names = inspect.signature(transform).parameters
+    assert any(f"``{name}``" in words for name in names)
     formula = formula.split("\n\n    ")[0]
     arguments = transform.__doc__.split("Args:")[1].split("Returns:")[0]
     symbols = re.findall(r"\n +(\w+): :math:`(\\\w+|\w)\b", arguments)

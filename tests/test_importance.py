@@ -215,6 +215,26 @@ def test_transforms_are_told_that_they_only_accumulate():
     np.testing.assert_array_equal(classp_jax.accumulators(filled), 1)
 
 
+def test_an_optimizer_with_a_line_search_is_filled():
+    def loss(params: Any, accumulate_importance: bool = False) -> Any:
+        del accumulate_importance
+        return jnp.sum(params**2)
+
+    tx = classp_jax.protect(optax.lbfgs())
+    params = jnp.asarray([1.0, -2.0])
+    value, gradients = jax.value_and_grad(loss)(params)
+    state = classp_jax.accumulate_importance(
+        tx,
+        tx.init(params),
+        params,
+        gradients,
+        value=value,
+        grad=gradients,
+        value_fn=loss,
+    )
+    np.testing.assert_array_equal(classp_jax.accumulators(state), [2, 4])
+
+
 def test_a_frozen_brake_is_filled_and_its_optimizer_left_alone():
     tx: Any = classp_jax.protect(optax.sgd(0.1, momentum=0.9), frozen=True)
     state = tx.init(PARAMS)

@@ -262,6 +262,11 @@ def test_update_density_of_other_dtypes(dtype):
     assert floats(classp_jax.update_density(updates)) == pytest.approx(3 / 5)
 
 
+def test_update_density_of_plain_numbers():
+    updates = {"a": 1.5, "b": [0.0, 2.0], "c": np.zeros(2)}
+    assert floats(classp_jax.update_density(updates)) == pytest.approx(2 / 5)
+
+
 def test_update_density_of_many_weights():
     """Beyond 2^24 = 16.7 million, where counting by ones in float32 stands still."""
     updates = jnp.ones(20_000_000, jnp.bfloat16).at[:5_000_000].set(0)

@@ -13,29 +13,32 @@ import classp_jax
 STEPS = 10_000_000
 
 
-def test_ten_million_steps_of_one_weight():
-    """Against float64: the sum is within 3 % and the weight within 2 %."""
+@pytest.mark.parametrize("back", [-0.9, 1.0])
+def test_ten_million_steps(back: float):
+    """Against float64, sums and weights are off by what the documentation says."""
     tx: Any = classp_jax.classp(0.1, eps=0.1)
-    there, back = np.float32(1e-3), np.float32(-0.9e-3)
+    there = np.asarray([1e-3, 0.02, 0.1, 0.3, 1.0, 7.0], np.float32)
+    other = np.float32(back) * there
 
     @jax.jit
     def train(w, state):
         def step(i, carry):
             w, state = carry
-            g = jnp.where(i % 2 == 0, there, back)[None]
-            updates, state = tx.update(g, state)
+            updates, state = tx.update(jnp.where(i % 2 == 0, there, other), state)
             return w + updates, state
 
         return jax.lax.fori_loop(0, STEPS, step, (w, state))
 
-    w, state = train(jnp.zeros(1), tx.init(jnp.zeros(1)))
-    g = np.where(np.arange(STEPS) % 2 == 0, np.float64(there), np.float64(back))
-    total = np.cumsum(np.abs(g))
+    w, state = train(jnp.zeros(6), tx.init(jnp.zeros(6)))
     assert int(state.count) == STEPS
-    np.testing.assert_allclose(state.accumulator, total[-1], rtol=0.03)
-    np.testing.assert_allclose(w, np.sum(-0.1 * g / (0.1 + total)), rtol=0.02)
-    # In float32 the error is there: this is what the documentation warns of.
-    assert abs(float(state.accumulator[0]) / total[-1] - 1) > 0.005
+    weight_errors, sum_errors = [], []
+    for i in range(6):
+        g = np.where(np.arange(STEPS) % 2 == 0, there[i], other[i]).astype(np.float64)
+        total = np.cumsum(np.abs(g))
+        sum_errors.append(abs(float(state.accumulator[i]) / total[-1] - 1))
+        weight_errors.append(abs(float(w[i]) / np.sum(-0.1 * g / (0.1 + total)) - 1))
+    assert 0.05 < max(sum_errors) < 0.12
+    assert max(weight_errors) < (0.05 if back < 0 else 0.14)
 
 
 def test_a_full_sum_stands_still_and_the_step_with_it():

@@ -190,6 +190,10 @@ def test_mas_importance_is_pytorch_s():
         (lambda: rivals.shrink_and_perturb(-0.1, 0.0), "shrink"),
         (lambda: rivals.streaming_importance(1.0, kind="cubed"), "kind"),
         (lambda: regularizers.implicit_ewc(-1.0), "strength"),
+        (
+            lambda: regularizers.mas_importance(jnp.multiply, jnp.ones(1), [[1.0]]),
+            "at least one example",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

@@ -316,6 +316,33 @@ def test_fisher_of_sharded_examples_and_parameters(axis_type, layout, jit):
                     assert actual[name].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize("place", ["constraint", "shard_map"])
+def test_fisher_on_another_mesh_that_reads_the_same(place):
+    params, x, _ = fisher_arguments()
+    expected = fisher_on_one_device("exact")
+    for devices in np.split(np.asarray(jax.devices()), 2):
+        mesh = jax.sharding.Mesh(devices, ("x",))
+        everywhere = NamedSharding(mesh, P())
+
+        def logits(params: Any, x: Any, mesh: Any = mesh) -> Any:
+            def network(params: Any, x: Any) -> Any:
+                return jnp.tanh(x @ params["first"]) @ params["second"]
+
+            if place == "shard_map":
+                return jax.shard_map(network, mesh=mesh, in_specs=P(), out_specs=P())(
+                    params, x
+                )
+            sharding = NamedSharding(mesh, P())
+            return jax.lax.with_sharding_constraint(network(params, x), sharding)
+
+        actual = classp_jax.regularizers.fisher_diagonal(
+            logits, *jax.device_put((params, x), everywhere), batch_size=5
+        )
+        for name, f in actual.items():
+            assert f.sharding.device_set == set(devices)
+            np.testing.assert_allclose(f, expected[name], rtol=1e-4, atol=1e-7)
+
+
 # What needs a mean over a whole leaf, or an optimizer inside.
 ACCUMULATING = {
     "leaf": classp_jax.classp(0.1, 3e-4, eps=4.0, eps_unit="leaf"),

@@ -133,6 +133,8 @@ def gradients(
 def importance_from_magnitude(params: Any) -> Any:
     r"""Importance without old data: the weights' own magnitude.
 
+    Of each weight :math:`w_i` in ``params``, the size against the mean size of all:
+
     .. math::
       A_i = \frac{|w_i|}{\frac{1}{n} \sum_j |w_j|}
 

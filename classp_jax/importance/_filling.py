@@ -88,7 +88,8 @@ def accumulate_importance(
         is.
       **extra_args: what ``tx.update`` takes beyond gradients, state and parameters.
         ``accumulate_importance=True`` is added to it, for transforms that accumulate
-        here only (``protect(frozen=True)``).
+        here only (``protect(frozen=True)``). A line search, such as that of
+        ``optax.lbfgs``, refuses it unless ``value_fn`` has an argument of that name.
 
     Returns:
       The new state, with the tree, shapes and dtypes of ``state``.

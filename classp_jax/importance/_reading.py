@@ -156,11 +156,11 @@ def _put_together(one: Any, other: Any, path: tuple[Any, ...] = ()) -> Any:
 
 def _mean(tree: Any, value: Callable[[jax.Array], jax.Array], *, per_leaf: bool) -> Any:
     def mean(leaf: jax.Array) -> jax.Array:
-        return jnp.sum(value(leaf), dtype=jnp.float32) / max(leaf.size, 1)
+        return jnp.sum(value(leaf), dtype=jnp.float32) / max(jnp.size(leaf), 1)
 
     means = jax.tree.map(mean, tree)
     if per_leaf:
         return means
     size = max(optax.tree.size(tree), 1)
-    parts = jax.tree.map(lambda mean, leaf: mean * (leaf.size / size), means, tree)
+    parts = jax.tree.map(lambda mean, leaf: mean * (jnp.size(leaf) / size), means, tree)
     return sum(jax.tree.leaves(parts), jnp.zeros([], jnp.float32))

@@ -1,12 +1,14 @@
 """Compiled once for each program, not for each function object."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+_PLACES = (jax.sharding.Mesh, jax.sharding.Sharding)
 
 
 class _Program:
@@ -15,7 +17,9 @@ class _Program:
     def __init__(self, closed: ClosedJaxpr, out_tree: Any):
         # Without its constants, which are arguments: they may change, and may be large.
         self.jaxpr, self.out_tree = closed.jaxpr, out_tree
-        self._key = (str(closed.jaxpr), out_tree)
+        # The text names a mesh's axes, not its devices.
+        placed = tuple(p for p in _parameters(closed.jaxpr) if isinstance(p, _PLACES))
+        self._key = (str(closed.jaxpr), out_tree, placed)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -52,20 +56,24 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any
 def _hides_something(jaxpr: Jaxpr) -> bool:
     """Whether the program holds arrays or functions, which its text does not show."""
 
-    def is_program(value: Any) -> bool:
-        return isinstance(value, ClosedJaxpr | Jaxpr)
-
     def hides(value: Any) -> bool:
         if isinstance(value, ClosedJaxpr):
-            return bool(value.consts) or _hides_something(value.jaxpr)
-        if isinstance(value, Jaxpr):
-            return _hides_something(value)
+            return bool(value.consts)
         is_shown = isinstance(value, type | jax.sharding.Mesh)
         is_array = isinstance(value, jax.Array | np.ndarray)
         return is_array or (callable(value) and not is_shown)
 
-    return any(
-        hides(value)
-        for equation in jaxpr.eqns
-        for value in jax.tree.leaves(equation.params, is_leaf=is_program)
-    )
+    return any(map(hides, _parameters(jaxpr)))
+
+
+def _parameters(jaxpr: Jaxpr) -> Iterator[Any]:
+    """What every operation of the program, also of those inside it, is given."""
+
+    def is_program(value: Any) -> bool:
+        return isinstance(value, ClosedJaxpr | Jaxpr)
+
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(equation.params, is_leaf=is_program):
+            yield value
+            if is_program(value):
+                yield from _parameters(getattr(value, "jaxpr", value))

@@ -31,6 +31,9 @@ def fisher_diagonal(
 ) -> Any:
     r"""The diagonal of a classifier's Fisher information, for EWC.
 
+    How much the classes that ``logits_fn`` gives the examples ``x``, :math:`x_1` to
+    :math:`x_N`, depend on each of the weights ``params`` :math:`w`:
+
     .. math::
       F_i = \frac{1}{N} \sum_{n=1}^{N} \mathbb{E}_{c}
       \left( \frac{\partial \log p(c \mid x_n, w)}{\partial w_i} \right)^2, \qquad
@@ -115,7 +118,7 @@ def fisher_diagonal(
         raise ValueError("key is needed for kind='sampled', got None.")
     params = float_arrays(params, "parameter", real=True)
     x = jax.tree.map(jnp.asarray, x)
-    examples = _number_of_examples(x)
+    examples = number_of_examples(x)
     num_classes = _number_of_classes(logits_fn, params, x)
     classes = _checked_classes(classes, num_classes)
     y = _checked_labels(y, examples, classes) if kind == "empirical" else None
@@ -225,7 +228,7 @@ def _replicated(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, sharding.update(spec=P()))
 
 
-def _number_of_examples(x: Any) -> int:
+def number_of_examples(x: Any) -> int:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
         shapes = sorted({jnp.shape(leaf) for leaf in jax.tree.leaves(x)})

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from classp_jax._arrays import float_arrays
+from classp_jax.regularizers._fisher import number_of_examples
 from classp_jax.regularizers._penalty import wide_zeros
 
 
@@ -14,6 +15,10 @@ def mas_importance(
     logits_fn: Callable[[Any, Any], jax.Array], params: Any, x: Any
 ) -> Any:
     r"""How much the outputs depend on every weight, without labels.
+
+    ``logits_fn`` :math:`f` gives the outputs for the examples ``x``, :math:`x_1` to
+    :math:`x_n`, at the weights ``params`` :math:`w`; what counts is how fast their
+    squared size changes with a weight:
 
     .. math::
       \Omega_i = \frac{1}{n} \sum_{k=1}^n
@@ -32,6 +37,7 @@ def mas_importance(
       A tree like ``params``, in at least float32.
 
     Raises:
+      ValueError: if there is no example, or not the same number in every array.
       TypeError: if a parameter is not of real floats.
 
     Example:
@@ -47,7 +53,7 @@ def mas_importance(
     """
     params = float_arrays(params, "parameter", real=True)
     x = jax.tree.map(jnp.asarray, x)
-    count = jax.tree.leaves(x)[0].shape[0]
+    count = number_of_examples(x)
 
     def size(params: Any, example: Any) -> jax.Array:
         batch = jax.tree.map(lambda leaf: leaf[None], example)

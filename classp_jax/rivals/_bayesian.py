@@ -37,10 +37,12 @@ def bayesian_gradient_descent(
     r"""Every weight is a normal distribution that each batch makes narrower.
 
     The parameters are the means :math:`\mu`; the state holds the deviations
-    :math:`\sigma`. With :math:`w = \mu + \sigma \epsilon`, the expected gradients
-    :math:`a = c\,\mathrm{E}[\partial L / \partial w]` and
+    :math:`\sigma`. ``evidence`` :math:`c` is for how many examples a batch counts,
+    ``deviation`` :math:`\sigma_0` where the deviations begin, and ``window`` :math:`N`
+    how many steps are remembered. With :math:`w = \mu + \sigma \epsilon`, the expected
+    gradients :math:`a = c\,\mathrm{E}[\partial L / \partial w]` and
     :math:`b = c\,\mathrm{E}[\epsilon\, \partial L / \partial w]` are those of
-    :func:`value_and_expected_gradients`, times the evidence :math:`c`:
+    :func:`value_and_expected_gradients`, times :math:`c`:
 
     .. math::
       \mu &\leftarrow \mu - \sigma^2 a - \frac{\sigma^2}{N \sigma_0^2}\, \mu \\

@@ -16,10 +16,14 @@ def shrink_and_perturb(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes the weights a little smaller and adds noise, after the optimizer's step.
 
+    Put it behind the optimizer whose update is :math:`u`. ``shrink`` :math:`\lambda` is
+    the share of each weight that is taken off, ``deviation`` :math:`\sigma` the size of
+    the noise:
+
     .. math::
       w \leftarrow (1 - \lambda)\, w + u + \xi, \qquad \xi \sim N(0, \sigma^2)
 
-    Put it behind the optimizer whose update is :math:`u`. Ash and Adams do this once
+    Ash and Adams do this once
     for each new set of data; in every step it needs no boundary.
 
     Args:

@@ -45,6 +45,11 @@ def streaming_importance(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Pulls weights to their own moving average, as hard as they have mattered.
 
+    ``strength`` :math:`\lambda` is how hard, ``importance_decay`` :math:`\beta` how
+    long the importance :math:`F` remembers gradients, ``anchor_decay`` :math:`\gamma`
+    how long the average :math:`\bar w` remembers weights, and ``kind`` says whether
+    gradients count by their square or their magnitude:
+
     .. math::
       u_t &= g_t + \lambda\, \hat F_{t-1}\, (w_t - \bar w_{t-1}), \\
       F_t &= \beta F_{t-1} + (1 - \beta)\, g_t^2 \quad \text{or} \quad

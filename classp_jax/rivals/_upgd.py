@@ -36,8 +36,11 @@ def upgd(
     r"""Protects the weights that the loss needs and perturbs the others.
 
     The utility of a weight is how much the loss would grow without it, to first order.
-    Its moving average :math:`U` becomes a number between 0 and 1, by which the step
-    and the noise are made smaller:
+    Its moving average :math:`U`, which remembers by ``utility_decay`` :math:`\beta`,
+    becomes a number between 0 and 1, by which the step and the noise are made smaller.
+    ``learning_rate`` :math:`\alpha` is how far weights move, ``deviation``
+    :math:`\sigma` the size of the noise, and ``weight_decay`` :math:`\rho` how strongly
+    weights are pulled to 0:
 
     .. math::
       U_t &= \beta\, U_{t-1} - (1 - \beta)\, g_t w_t, \qquad

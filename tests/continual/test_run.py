@@ -1,9 +1,11 @@
 """The whole job from Python: run, tune, results; what is refused, and when."""
 
+import dataclasses
 import math
 import pathlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from flax import nnx
 
 from classp_jax import continual
 from classp_jax.continual.errors import ContinualError
-from classp_jax.continual.train import loop
+from classp_jax.continual.train import loop, weights
 from tests.continual import agem
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -232,6 +234,57 @@ def test_weights_come_out_and_go_in(digits, tmp_path):
         assert again.runs[0].matrix[0] == results.runs[1].matrix[-1]
     assert again is not None
     assert "initial_weights" in again.configuration
+
+
+def test_what_a_stored_run_lacks_is_made_up_for(digits, tmp_path):
+    """Weights and rounding copies that are asked for later."""
+    # A slash is no folder.
+    methods = {"sgd": "sgd", "with/replay": "replay"}
+
+    def run(**more):
+        seeds = [0, 1]
+        folder = tmp_path
+        return continual.run(
+            digits, LINEAR, methods, seeds=seeds, folder=folder, **QUICK, **more
+        )
+
+    run()
+    before = continual.load(tmp_path).runs
+    asked = run(save_weights=True, rounding_copies=1)
+    stored = continual.load(tmp_path).runs
+    assert all(r.ulp_spread is not None for r in stored)
+    assert tuple(dataclasses.replace(r, ulp_spread=None) for r in stored) == before
+    assert len(list((tmp_path / "weights").iterdir())) == 4
+    trained = []
+    again = run(save_weights=True, rounding_copies=1, on_metrics=trained.append)
+    assert not trained
+    assert again.runs == stored
+    # They come back as they were, from the files.
+    assert set(again.params) == set(asked.params)
+    for key, expected in asked.params.items():
+        chex.assert_trees_all_equal(again.params[key], expected)
+    (file,) = (tmp_path / "weights").glob("sgd-*-0.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ContinualError, match=r"-0.npz is damaged: remove it"):
+        run(save_weights=True, rounding_copies=1)
+
+
+def test_results_are_kept_where_weights_do_not_fit(digits, tmp_path, monkeypatch):
+    def full(*_):
+        raise ContinualError("No space left on device")
+
+    monkeypatch.setattr(weights, "save", full)
+    with pytest.raises(ContinualError, match="No space left"):
+        continual.run(
+            digits,
+            LINEAR,
+            ["sgd"],
+            seeds=[0],
+            folder=tmp_path,
+            save_weights=True,
+            **QUICK,
+        )
+    assert [run.method for run in continual.load(tmp_path).runs] == ["sgd"]
 
 
 def test_rounding_copies_measure_what_hangs_on_rounding(digits):

@@ -269,6 +269,16 @@ def test_what_a_stored_run_lacks_is_made_up_for(digits, tmp_path):
         run(save_weights=True, rounding_copies=1)
 
 
+def test_keys_and_narrow_weights_come_back(tmp_path):
+    state = {"key": jax.random.key(3), "none": (), "step": jnp.int32(4)}
+    trained = weights.Trained(jnp.full(3, 0.1, jnp.bfloat16), state)
+    weights.save(tmp_path / "w.npz", trained)
+    found = weights.load(tmp_path / "w.npz", jax.eval_shape(lambda: trained))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, trained)
+    np.testing.assert_array_equal(found.params, trained.params)
+    assert found.state["key"] == state["key"]
+
+
 def test_results_are_kept_where_weights_do_not_fit(digits, tmp_path, monkeypatch):
     def full(*_):
         raise ContinualError("No space left on device")

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.leaves import copied, is_key, named
 from classp_jax.continual.results.files import write_atomically
 
 
@@ -40,10 +40,7 @@ def file_of(
 def save(file: pathlib.Path, trained: Trained) -> None:
     """Writes arrays named by their path in the tree, such as ``params/w``."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        path: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        for path, leaf in _leaves(trained)
-    }
+    arrays = {path: copied(leaf) for path, leaf in named(trained).items()}
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     write_atomically(file, content.getvalue())
@@ -62,25 +59,14 @@ def load(file: pathlib.Path, like: Trained) -> Trained:
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             leaves = [
-                jax.random.wrap_key_data(jnp.asarray(arrays[path]))
-                if _is_key(leaf)
+                jax.random.wrap_key_data(arrays[path])
+                if is_key(leaf)
                 # NumPy itself reads bfloat16 as raw bytes.
                 else arrays[path].view(leaf.dtype)
-                for path, leaf in _leaves(like)
+                for path, leaf in named(like).items()
             ]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ContinualError(
             f"{file} is damaged: remove it, and its run is trained again"
         ) from error
     return jax.tree.structure(like).unflatten(leaves)
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -98,7 +98,7 @@ def as_model(
         return made._replace(name=name or model)
     if options:
         raise ContinualError(f"{', '.join(options)}: only for models that have a name")
-    inputs = _example_batch(example)
+    inputs = example_batch(example)
     if isinstance(model, Model):
         made = model
     elif isinstance(model, linen.Module):
@@ -254,7 +254,7 @@ def _uniform(params: Params, key: jax.Array) -> Params:
     }
 
 
-def _example_batch(example: Any) -> jax.ShapeDtypeStruct:
+def example_batch(example: Any) -> jax.ShapeDtypeStruct:
     """Three examples: a batch whose size is not mistaken for anything else's."""
     tokens = jnp.issubdtype(example.dtype, jnp.signedinteger)
     return jax.ShapeDtypeStruct(

@@ -236,6 +236,18 @@ def test_weights_come_out_and_go_in(digits, tmp_path):
     assert "initial_weights" in again.configuration
 
 
+def test_another_network_of_the_same_name_is_refused(digits, tmp_path):
+    def run(activation):
+        model = (_small, lambda params, x: activation(_linear(params, x)))
+        return continual.run(
+            digits, model, ["sgd"], seeds=[0], folder=tmp_path, **QUICK
+        )
+
+    assert len(run(jnp.tanh).runs) == len(run(jnp.tanh).runs) == 1
+    with pytest.raises(ContinualError, match="the networks differ"):
+        run(jnp.sin)
+
+
 def test_what_a_stored_run_lacks_is_made_up_for(digits, tmp_path):
     """Weights and rounding copies that are asked for later."""
     # A slash is no folder.

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from classp_jax.continual._programs import program_hash
 from classp_jax.continual.data.arrays import Split, Stream
 from classp_jax.continual.data.batches import Batches
 from classp_jax.continual.errors import ContinualError, check_count
-from classp_jax.continual.models import as_model
+from classp_jax.continual.models import Model, as_model, example_batch
 from classp_jax.continual.train.experiment import Experiment, prepare
 from classp_jax.continual.train.plan import Training
 
@@ -85,6 +86,9 @@ def set_up(
     )
     data = getattr(stream, "configuration", None) or {"stream": streams[0].name}
     options = dict(more, name=network.name)
+    if not isinstance(model, str):
+        # Two networks may share a name: "<lambda>", or one that has been edited.
+        options["program"] = _program(network, example_batch(example))
     recorded = training._asdict()
     for name in ("until_loss", "compute_dtype", "nonfinite", "moments"):
         if recorded[name] == Training._field_defaults[name]:
@@ -107,6 +111,16 @@ def set_up(
         else [f"task {k + 1}" for k in range(len(first))],
     }
     return Setup(experiment, json.loads(json.dumps(configuration)), info)
+
+
+def _program(network: Model, inputs: jax.ShapeDtypeStruct) -> str:
+    """A hash of how a network is initialised, trained and evaluated."""
+
+    def outputs(key: jax.Array, x: jax.Array) -> Any:
+        params = network.init(key)
+        return [network.apply(params, x, mode) for mode in (key, None)]
+
+    return program_hash(outputs, jax.random.key(0), inputs)
 
 
 def _training(options: Mapping[str, Any]) -> Training:

@@ -117,6 +117,10 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"methods": ["clasp"]}, "did you mean 'classp'"),
         ({"methods": ["sgd", "sgd"]}, "named twice"),
         ({"methods": {"x": 3}}, "must be a name, a Method or an optax"),
+        ({"methods": {0.1: "sgd"}}, "a name must be text, got 0.1"),
+        ({"stream": "digits"}, "stream must be what permuted"),
+        ({"stream": [(np.zeros((9, 4)), np.arange(9) % 2)]}, "stream must be what"),
+        ({"settings": {"sgd": 0.1}}, "'sgd' takes a mapping"),
         (
             {"settings": {"replay": {"replay_size": 0}}},
             "replay_size must be at least 1",
@@ -138,6 +142,7 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"until_loss": math.nan}, "until_loss must be above 0"),
         ({"normalisation": (math.nan, 1.0)}, "normalisation must be a finite mean"),
         ({"normalisation": (0.5, 0.0)}, "deviation above 0"),
+        ({"normalisation": "no"}, "normalisation takes numbers, got 'n'"),
         ({"fisher": "exakt"}, "fisher must be"),
         ({"evaluate": "some"}, "evaluate must be"),
         ({"epoch": 3}, "no option 'epoch'"),
@@ -153,10 +158,10 @@ def test_everything_is_checked_before_anything_trains(
 
     monkeypatch.setattr(loop, "start_tracks", never)
     monkeypatch.setattr("classp_jax.continual.train.run.compile_method", never)
-    given = {"methods": ["sgd", "replay", "classp"], "model": LINEAR, "seeds": [0]}
-    given |= arguments
+    given = {"stream": digits, "methods": ["sgd", "replay", "classp"]}
+    given |= {"model": LINEAR, "seeds": [0]} | arguments
     with pytest.raises(ContinualError, match=message) as caught:
-        continual.run(digits, **given)
+        continual.run(**given)
     assert "\n" not in str(caught.value)
 
 

@@ -59,6 +59,11 @@ def set_up(
     """
     training = _training(options)
     seeds = _checked_seeds(seeds)
+    if not (callable(stream) or isinstance(stream, Stream)):
+        raise ContinualError(
+            "stream must be what permuted, rotated, split, sequence, stream or "
+            f"stream_of_batches returns, got {type(stream).__name__}"
+        )
     draw: Any = stream if callable(stream) else lambda seed: stream
     streams: list[Stream] = [draw(seed) for seed in seeds]
     x = streams[0].tasks[0].test.x
@@ -135,6 +140,10 @@ def _training(options: Mapping[str, Any]) -> Training:
         for name, value in options.items()
         if name in ("epochs", "until_loss", "normalisation")
     }
+    for name in ("until_loss", "normalisation"):
+        for value in several.get(name, ()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ContinualError(f"{name} takes numbers, got {value!r}")
     training = Training(**{**options, **several})
     for name in ("batch_size", "points", "fisher_examples"):
         check_count(name, getattr(training, name), 1)

@@ -218,6 +218,19 @@ def write(experiment: Experiment, *, header: str = "") -> str:
     return "".join(f"# {line}\n" for line in header.splitlines()) + "\n" + text
 
 
+def with_methods_of(before: Experiment, experiment: Experiment) -> Experiment:
+    """The experiment with another's methods too, where it has none of that name."""
+    own = {
+        text.partition("=")[0]: text for text in (*before.method, *experiment.method)
+    }
+    return dataclasses.replace(
+        experiment,
+        methods=tuple(dict.fromkeys((*before.methods, *experiment.methods))),
+        method=tuple(own.values()),
+        settings=before.settings | experiment.settings,
+    )
+
+
 def folder_name(experiment: Experiment) -> str:
     """A name for the folder of the results: a path's last part, and a short hash.
 

@@ -377,7 +377,7 @@ def _refuse_ignored(config: Experiment) -> None:
         default = getattr(getattr(Experiment(), section), name)
         if not is_read and value != default:
             owner = f"stream {stream!r}" if section == "data" else f"model {model!r}"
-            raise ConfigError(f"{section}.{name} says nothing to the {owner}")
+            raise ConfigError(f"{section}.{name} has no effect on the {owner}")
     if stream != "sequence" and len(config.data.source) > 1:
         raise ConfigError(f"the stream {stream!r} takes one source; sequence, several")
 

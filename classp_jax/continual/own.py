@@ -69,19 +69,19 @@ def method(text: str) -> Method:
     name, _, reference = text.partition("=")
     if not (name and reference):
         raise ConfigError(f"method takes NAME=package.module:factory, got {text!r}")
-    factory = made = load(reference)
-    if callable(made) and not isinstance(made, Method | optax.GradientTransformation):
-        settings = _settings_of(reference, made)
-        made = made(**{k: s.default for k, s in settings.items()})
-        if settings and isinstance(made, optax.GradientTransformation):
+    found = factory = load(reference)
+    if callable(found) and not isinstance(found, Method | optax.GradientTransformation):
+        settings = _settings_of(reference, factory)
+        found = factory(**{k: s.default for k, s in settings.items()})
+        if settings and isinstance(found, optax.GradientTransformation):
             return from_optax(factory, settings, name=name, summary=reference)
-    if isinstance(made, Method):
-        return made._replace(name=name, parts=(name,))
-    if isinstance(made, optax.GradientTransformation):
-        return from_optax(made, name=name, summary=reference)
+    if isinstance(found, Method):
+        return found._replace(name=name, parts=(name,))
+    if isinstance(found, optax.GradientTransformation):
+        return from_optax(found, name=name, summary=reference)
     raise ConfigError(
         f"{reference} must be or make an optax.GradientTransformation or a Method, "
-        f"got {type(made).__name__}"
+        f"got {type(found).__name__}"
     )
 
 
@@ -123,9 +123,11 @@ def model(reference: str, settings: Mapping[str, float]) -> Any:
     Raises:
       ConfigError: if there is no such factory, or it has no such setting.
     """
-    made = load(reference)
-    is_factory = callable(made) and not isinstance(made, linen.Module | nnx.Module)
-    parameters = parameters_of(made) if is_factory else {}
+    factory = load(reference)
+    is_factory = callable(factory) and not isinstance(
+        factory, linen.Module | nnx.Module
+    )
+    parameters = parameters_of(factory) if is_factory else {}
     known = {
         name: setting
         for name, parameter in parameters.items()
@@ -145,8 +147,8 @@ def model(reference: str, settings: Mapping[str, float]) -> Any:
             numbers.setdefault(name, whole)
     needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
     if is_factory and not needed and "rngs" not in parameters:
-        return made(**numbers)
-    return functools.partial(made, **numbers) if numbers else made
+        return factory(**numbers)
+    return functools.partial(factory, **numbers) if numbers else factory
 
 
 def _number(where: str, value: float, default: Any) -> float:

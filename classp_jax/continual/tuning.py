@@ -176,7 +176,9 @@ def tune(
         measure=measure,
         progress=progress,
     )
-    return Tuned({name: best(made).settings for name, made in found.items()}, found)
+    return Tuned(
+        {name: best(trials_of).settings for name, trials_of in found.items()}, found
+    )
 
 
 def _space(
@@ -288,8 +290,8 @@ def _search(
             batch = draw(space, done, size, seed=about["seed"] + len(done))
             runs = evaluate(space.method, batch)
             measures = [dict(measure(own)) if measure else {} for own in runs]
-            made = zip(batch, map(score, runs), measures, strict=True)
-            store.add(name, [Trial(*trial) for trial in made])
+            scored = zip(batch, map(score, runs), measures, strict=True)
+            store.add(name, [Trial(*trial) for trial in scored])
             if progress is not None:
                 progress(name, len(done) + size, wanted, best(store.trials[name]).score)
     return {space.method.name: store.trials[space.method.name] for space in spaces}

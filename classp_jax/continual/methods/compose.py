@@ -132,8 +132,8 @@ def from_optax(
         inspect.signature(make).bind(**described)
     except TypeError as error:
         raise ContinualError(f"method {name!r}: {error}") from error
-    made = compose(name, Part(summary, described, make), ())
-    return made._replace(fingerprint=fingerprint)
+    composed = compose(name, Part(summary, described, make), ())
+    return composed._replace(fingerprint=fingerprint)
 
 
 def _fingerprint(tx: optax.GradientTransformation, params: Any) -> str:

@@ -146,9 +146,13 @@ def as_methods(methods: Any) -> dict[str, Method]:
         if isinstance(value, optax.GradientTransformation):
             found[name] = from_optax(value, name=name)
         elif isinstance(value, str):
-            made = method(value)
-            parts = made.parts if name in made.parts else (*made.parts, name)
-            found[name] = made._replace(name=name, parts=parts)
+            method_of_name = method(value)
+            parts = (
+                method_of_name.parts
+                if name in method_of_name.parts
+                else (*method_of_name.parts, name)
+            )
+            found[name] = method_of_name._replace(name=name, parts=parts)
         elif isinstance(value, Method):
             parts = value.parts if name in value.parts else (*value.parts, name)
             found[name] = value._replace(name=name, parts=parts)

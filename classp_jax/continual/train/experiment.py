@@ -334,7 +334,7 @@ def compile_evaluate(
 
 def _once(experiment: Experiment, key: Any, build: Callable[[], Any]) -> Any:
     if key not in experiment.executables:
-        made = build()
+        value = build()
         with experiment.lock:
-            experiment.executables.setdefault(key, made)
+            experiment.executables.setdefault(key, value)
     return experiment.executables[key]

@@ -173,15 +173,16 @@ def run(
         results = by_first(lambda: to_save.save(folder))
     if announce is not None:
         announce(cost.describe())
-    keepers = {}
-    if keeping:
-        for name in chosen:
-            keepers[name] = Keeper(
-                folder_of(folder, name),
-                {"settings": known_by[name], "configuration": configuration},
-                every=checkpoint_every,
-                resume=resume,
-            )
+    keepers = {
+        name: Keeper(
+            folder_of(folder, name),
+            {"settings": known, "configuration": configuration},
+            every=checkpoint_every,
+            resume=resume,
+        )
+        for name, known in known_by.items()
+        if keeping
+    }
 
     def complete() -> Results:
         return _complete(folder, save_weights, rounding_copies > 0) or results
@@ -192,10 +193,9 @@ def run(
     for name, (method, experiment) in todo.items():
         # Another process may have added it meanwhile.
         stored = by_first(complete)
-        remaining = _missing(experiment, name, known_by[name], stored)
-        if remaining is None:
+        experiment = _missing(experiment, name, known_by[name], stored)
+        if experiment is None:
             continue
-        experiment = remaining
         states: dict[tuple[int, int], Any] = {}
         keeper = keepers.get(name)
         with keeper or contextlib.nullcontext():

@@ -42,6 +42,17 @@ def _mode(call: Callable[..., Any], key: jax.Array | None) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name in names}
 
 
+def parameters_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A factory's parameters: NNX hides those of a class, Linen adds two of its own."""
+    if isinstance(make, functools.partial):
+        make = make.func
+    if not inspect.isclass(make):
+        return dict(inspect.signature(make).parameters)
+    parameters = inspect.signature(make.__init__).parameters
+    theirs = ("parent", "name") if issubclass(make, linen.Module) else ()
+    return {k: p for k, p in parameters.items() if k not in ("self", *theirs)}
+
+
 def from_nnx(
     make: Callable[..., Any], name: str, *, plain_arrays: bool = True
 ) -> Model:
@@ -56,7 +67,7 @@ def from_nnx(
 
     def module_of(key: jax.Array) -> nnx.Module:
         rngs = nnx.Rngs(key)
-        keyword = "rngs" in inspect.signature(make).parameters
+        keyword = "rngs" in parameters_of(make)
         module = make(rngs=rngs) if keyword else make(rngs)
         if not isinstance(module, nnx.Module):
             raise ContinualError(

@@ -312,12 +312,14 @@ def _accuracy(accuracy: float) -> str:
 def _sweep(options: Sweep, command: str, console: Console) -> None:
     _begin(options, console)
     from classp_jax.continual import tuning
-    from classp_jax.continual.config import write
+    from classp_jax.continual.config import read, with_methods_of, write
     from classp_jax.continual.experiment import prepare
     from classp_jax.continual.results.files import write_atomically
 
     prepared = prepare(options, assigned(options, options.methods))
     folder = out_folder(options)
+    path = folder / "config.toml"
+    before = read(path) if path.exists() else None
     console.print(prepared.stream.describe())
 
     def show(name: str, done: int, trials: int, score: float) -> None:
@@ -340,11 +342,12 @@ def _sweep(options: Sweep, command: str, console: Console) -> None:
         progress=show,
     )
     header = (
-        f"Best of {options.trials} trials for each method on validation data, seeds "
+        "Each method's best of its trials in trials.json, on validation data, seeds "
         f"{' '.join(map(str, options.tuning_seeds))}.\nWritten by: {command}"
     )
-    path = folder / "config.toml"
     winners = options.experiment(tuned.settings)
+    if before is not None:
+        winners = with_methods_of(before, winners)
     write_atomically(path, write(winners, header=header).encode())
     for name, trials in tuned.trials.items():
         found = ", ".join(f"{k} {v:g}" for k, v in tuned.settings[name].items())

@@ -218,6 +218,19 @@ def write(experiment: Experiment, *, header: str = "") -> str:
     return "".join(f"# {line}\n" for line in header.splitlines()) + "\n" + text
 
 
+def with_methods_of(before: Experiment, experiment: Experiment) -> Experiment:
+    """The experiment with another's methods too, where it has none of that name."""
+    own = {
+        text.partition("=")[0]: text for text in (*before.method, *experiment.method)
+    }
+    return dataclasses.replace(
+        experiment,
+        methods=tuple(dict.fromkeys((*before.methods, *experiment.methods))),
+        method=tuple(own.values()),
+        settings=before.settings | experiment.settings,
+    )
+
+
 def folder_name(experiment: Experiment) -> str:
     """A name for the folder of the results: a path's last part, and a short hash.
 
@@ -364,7 +377,7 @@ def _refuse_ignored(config: Experiment) -> None:
         default = getattr(getattr(Experiment(), section), name)
         if not is_read and value != default:
             owner = f"stream {stream!r}" if section == "data" else f"model {model!r}"
-            raise ConfigError(f"{section}.{name} says nothing to the {owner}")
+            raise ConfigError(f"{section}.{name} has no effect on the {owner}")
     if stream != "sequence" and len(config.data.source) > 1:
         raise ConfigError(f"the stream {stream!r} takes one source; sequence, several")
 

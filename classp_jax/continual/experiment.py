@@ -75,9 +75,9 @@ def stream(data: Data) -> StreamMaker:
 
 
 def _methods(experiment: Experiment) -> dict[str, Method]:
-    made = [own.method(text) for text in experiment.method]
+    own_methods = [own.method(text) for text in experiment.method]
     # Asked for by --method alone, only the user's own would be compared with nothing.
-    return as_methods([*experiment.methods, *made])
+    return as_methods([*experiment.methods, *own_methods])
 
 
 def _check_settings(experiment: Experiment, methods: Mapping[str, Method]) -> None:

@@ -94,33 +94,33 @@ def as_model(
                 f"model {model!r} reads {'images' if tokens else 'text'}, "
                 f"the data is {'text' if tokens else 'images'}"
             )
-        made = make_model(model, example.shape, num_classes, **options)
-        return made._replace(name=name or model)
+        network = make_model(model, example.shape, num_classes, **options)
+        return network._replace(name=name or model)
     if options:
         raise ContinualError(f"{', '.join(options)}: only for models that have a name")
-    inputs = _example_batch(example)
+    inputs = example_batch(example)
     if isinstance(model, Model):
-        made = model
+        network = model
     elif isinstance(model, linen.Module):
-        made = from_linen(model, name or type(model).__name__, inputs)
+        network = from_linen(model, name or type(model).__name__, inputs)
     elif isinstance(model, nnx.Module):
         raise ContinualError(
             f"a {type(model).__name__} has its weights already: pass a function that "
             f"makes one, lambda rngs: {type(model).__name__}(..., rngs=rngs)"
         )
     elif isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
-        made = from_pair(*model, name or "own")
+        network = from_pair(*model, name or "own")
     elif callable(model):
-        made = from_nnx(model, name or getattr(model, "__name__", "own"))
+        network = from_nnx(model, name or getattr(model, "__name__", "own"))
     else:
         raise ContinualError(
             "a model is a name, a function of rngs that returns an nnx.Module, a "
             f"linen.Module or a pair (init, apply), got {type(model).__name__}"
         )
     if name is not None:
-        made = made._replace(name=name)
-    _check(made, inputs, num_classes)
-    return made
+        network = network._replace(name=name)
+    _check(network, inputs, num_classes)
+    return network
 
 
 def make_model(
@@ -254,7 +254,7 @@ def _uniform(params: Params, key: jax.Array) -> Params:
     }
 
 
-def _example_batch(example: Any) -> jax.ShapeDtypeStruct:
+def example_batch(example: Any) -> jax.ShapeDtypeStruct:
     """Three examples: a batch whose size is not mistaken for anything else's."""
     tokens = jnp.issubdtype(example.dtype, jnp.signedinteger)
     return jax.ShapeDtypeStruct(

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import optax
+from flax import linen, nnx
 
 from classp_jax.continual._names import nearest
+from classp_jax.continual.adapters import parameters_of
 from classp_jax.continual.config import ConfigError
 from classp_jax.continual.methods import from_optax
 from classp_jax.continual.methods.protocol import Method, Setting
@@ -67,31 +69,29 @@ def method(text: str) -> Method:
     name, _, reference = text.partition("=")
     if not (name and reference):
         raise ConfigError(f"method takes NAME=package.module:factory, got {text!r}")
-    factory = made = load(reference)
-    if callable(made) and not isinstance(made, Method | optax.GradientTransformation):
-        settings = _settings_of(reference, made)
-        made = made(**{k: s.default for k, s in settings.items()})
-        if settings and isinstance(made, optax.GradientTransformation):
+    found = factory = load(reference)
+    if callable(found) and not isinstance(found, Method | optax.GradientTransformation):
+        settings = _settings_of(reference, factory)
+        found = factory(**{k: s.default for k, s in settings.items()})
+        if settings and isinstance(found, optax.GradientTransformation):
             return from_optax(factory, settings, name=name, summary=reference)
-    if isinstance(made, Method):
-        return made._replace(name=name, parts=(name,))
-    if isinstance(made, optax.GradientTransformation):
-        return from_optax(made, name=name, summary=reference)
+    if isinstance(found, Method):
+        return found._replace(name=name, parts=(name,))
+    if isinstance(found, optax.GradientTransformation):
+        return from_optax(found, name=name, summary=reference)
     raise ConfigError(
         f"{reference} must be or make an optax.GradientTransformation or a Method, "
-        f"got {type(made).__name__}"
+        f"got {type(found).__name__}"
     )
 
 
 def _settings_of(reference: str, factory: Any) -> dict[str, Setting]:
     settings = {}
     for name, parameter in inspect.signature(factory).parameters.items():
-        default = parameter.default
-        if isinstance(default, Setting):
-            settings[name] = default
-        elif isinstance(default, int | float) and not isinstance(default, bool):
-            settings[name] = Setting(float(default))
-        elif default is inspect.Parameter.empty:
+        setting = _as_setting(parameter.default)
+        if setting is not None:
+            settings[name] = setting
+        elif parameter.default is inspect.Parameter.empty:
             raise ConfigError(
                 f"{reference}: its argument {name!r} needs a default, a number or a "
                 "Setting with a range"
@@ -99,11 +99,22 @@ def _settings_of(reference: str, factory: Any) -> dict[str, Setting]:
     return settings
 
 
+def _as_setting(default: Any) -> Setting | None:
+    """An argument's default as a setting; None if it is no number."""
+    if isinstance(default, Setting):
+        return default
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return Setting(float(default))
+    return None
+
+
 def model(reference: str, settings: Mapping[str, float]) -> Any:
     """The network of ``package.module:factory``, as ``run`` takes networks.
 
-    The factory is called with ``rngs``, or is a Linen module or a pair of functions.
-    Of a function, arguments with a number as default are settings.
+    The factory is a function or a class that is called with ``rngs`` and gives an NNX
+    module, or without and gives a Linen module or a pair of functions; or it is one of
+    these itself. Arguments with a number as default, or a :class:`Setting`, are
+    settings.
 
     Args:
       reference: what to load.
@@ -112,21 +123,41 @@ def model(reference: str, settings: Mapping[str, float]) -> Any:
     Raises:
       ConfigError: if there is no such factory, or it has no such setting.
     """
-    made = load(reference)
-    if not settings:
-        return made
-    if not callable(made):
-        raise ConfigError(f"model {reference} has no settings")
-    parameters = inspect.signature(made).parameters
-    arguments = {k: p for k, p in parameters.items() if k != "rngs"}
+    factory = load(reference)
+    is_factory = callable(factory) and not isinstance(
+        factory, linen.Module | nnx.Module
+    )
+    parameters = parameters_of(factory) if is_factory else {}
+    known = {
+        name: setting
+        for name, parameter in parameters.items()
+        if (setting := _as_setting(parameter.default)) is not None
+    }
     for name in settings:
-        if name not in arguments:
-            raise ConfigError(
-                f"model {reference} has no setting {name!r}{nearest(name, arguments)}"
-            )
-    # A width or a depth must be whole, and --set reads every number as a float.
+        if name not in known:
+            hint = nearest(name, known) if known else "; it has none"
+            raise ConfigError(f"model {reference} has no setting {name!r}{hint}")
     numbers = {
-        name: int(value) if isinstance(arguments[name].default, int) else value
+        name: _number(f"model.{name}", value, parameters[name].default)
         for name, value in settings.items()
     }
-    return functools.partial(made, **numbers)
+    for name, setting in known.items():
+        if isinstance(parameters[name].default, Setting):
+            whole = int(setting.default) if setting.integer else setting.default
+            numbers.setdefault(name, whole)
+    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    if is_factory and not needed and "rngs" not in parameters:
+        return factory(**numbers)
+    return functools.partial(factory, **numbers) if numbers else factory
+
+
+def _number(where: str, value: float, default: Any) -> float:
+    """What ``--set`` reads as a float, whole where a width or a depth must be."""
+    whole = (
+        default.integer if isinstance(default, Setting) else isinstance(default, int)
+    )
+    if not whole:
+        return value
+    if value != int(value):
+        raise ConfigError(f"{where} must be a whole number: {value:g}")
+    return int(value)

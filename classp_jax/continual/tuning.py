@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from classp_jax.continual.errors import ContinualError
+from classp_jax.continual.errors import ContinualError, check_count
 from classp_jax.continual.methods.protocol import Method, Setting
 from classp_jax.continual.methods.registry import (
     as_methods,
@@ -136,9 +136,8 @@ def tune(
     for name in ("points", "evaluate", "evaluate_on", "score_training"):
         if name in options:
             raise TuningError(f"tune has no option {name!r}: it looks at the end alone")
-    for name, count in (("trials", trials), ("together", together)):
-        if count < 1:
-            raise TuningError(f"{name} must be >= 1: {count}")
+    check_count("trials", trials, 1)
+    check_count("together", together, 1)
     if jax.process_count() > 1:
         raise TuningError("tune works in one process: give each one methods of its own")
     chosen = as_methods(methods)
@@ -177,7 +176,9 @@ def tune(
         measure=measure,
         progress=progress,
     )
-    return Tuned({name: best(made).settings for name, made in found.items()}, found)
+    return Tuned(
+        {name: best(trials_of).settings for name, trials_of in found.items()}, found
+    )
 
 
 def _space(
@@ -186,7 +187,13 @@ def _space(
     fixed = settings_of(method, settings)
     resolve_settings(method, settings)  # Refuses what the method does not take.
     described = dict(method.settings)
-    for name, (low, high) in settings_of(method, ranges).items():
+    for name, bounds in settings_of(method, ranges).items():
+        try:
+            low, high = map(float, bounds)
+        except (TypeError, ValueError):
+            raise TuningError(
+                f"range of {name} must be (low, high): {bounds}"
+            ) from None
         if not 0 < low <= high < math.inf:
             raise TuningError(f"range of {name} needs 0 < low <= high: {low}, {high}")
         if name in fixed:
@@ -283,8 +290,8 @@ def _search(
             batch = draw(space, done, size, seed=about["seed"] + len(done))
             runs = evaluate(space.method, batch)
             measures = [dict(measure(own)) if measure else {} for own in runs]
-            made = zip(batch, map(score, runs), measures, strict=True)
-            store.add(name, [Trial(*trial) for trial in made])
+            scored = zip(batch, map(score, runs), measures, strict=True)
+            store.add(name, [Trial(*trial) for trial in scored])
             if progress is not None:
                 progress(name, len(done) + size, wanted, best(store.trials[name]).score)
     return {space.method.name: store.trials[space.method.name] for space in spaces}

@@ -187,15 +187,20 @@ def test_a_sweep_writes_what_a_run_takes(finished, monkeypatch, capsys):
     ranges = ["--range", "heavy.momentum=0.1:0.9"]
     assert run_in(folder, monkeypatch, *sweep, *budget, *ranges) == 0
     text = (folder / "s" / "config.toml").read_text()
-    assert "# Best of 2 trials" in text
+    assert "# Each method's best of its trials in trials.json" in text
     assert "# Written by: classp-jax sweep --tasks 2" in text
     trials = json.loads((folder / "s" / "trials.json").read_text())["trials"]
     best = max(trials["heavy"], key=lambda trial: trial["score"])
     assert 0.1 <= best["settings"]["momentum"] <= 0.9
+    # Another method, tuned in the same folder, stands beside them.
+    more = [*sweep[:5], "--methods", "adagrad", *budget]
+    assert run_in(folder, monkeypatch, *more) == 0
     run = ["run", "--config", "s/config.toml", "--out", "r"]
     assert run_in(folder, monkeypatch, *run) == 0
     runs = json.loads((folder / "r" / "results.json").read_text())["runs"]
-    assert {r["method"]: r["settings"] for r in runs}["heavy"] == best["settings"]
+    settings = {r["method"]: r["settings"] for r in runs}
+    assert [*settings] == ["sgd", "adagrad", "heavy"]
+    assert settings["heavy"] == best["settings"]
     capsys.readouterr()
 
 

@@ -86,10 +86,10 @@ def test_what_cannot_be_is_refused_in_one_line(table, message):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"data": {"stream": "sequence", "tasks": 3}}, "data.tasks says nothing"),
-        ({"data": {"scenario": "task-incremental"}}, "says nothing to the stream"),
-        ({"network": {"model": "cnn", "hidden": [3]}}, "network.hidden says nothing"),
-        ({"network": {"width": 8}}, "network.width says nothing to the model 'mlp'"),
+        ({"data": {"stream": "sequence", "tasks": 3}}, "data.tasks has no effect"),
+        ({"data": {"scenario": "task-incremental"}}, "has no effect on the stream"),
+        ({"network": {"model": "cnn", "hidden": [3]}}, "network.hidden has no effect"),
+        ({"network": {"width": 8}}, "network.width has no effect on the model 'mlp'"),
     ],
 )
 def test_options_that_nothing_reads_are_refused(table, message):

@@ -223,7 +223,7 @@ def test_what_was_read_is_described(tmp_path):
     rows = [("yn"[i % 2], f"text {i}") for i in range(30)]
     described = sequence(text_file(tmp_path, *rows), vocabulary_size=10).describe()
     assert described.splitlines()[0] == (
-        "sequence: 1 tasks, domain-incremental, 2 outputs, 10 tokens"
+        "sequence: 1 task, domain-incremental, 2 outputs, 10 tokens"
     )
     assert "30 texts (6 for testing), int32 [30], 2 classes: n, y" in described
     x, y = np.zeros((30, 7)), np.arange(30) % 3
@@ -678,7 +678,7 @@ def test_task_incremental_arrays_mask_the_other_tasks_classes():
 @pytest.mark.parametrize(
     ("tasks", "options", "match"),
     [
-        ([], {}, "has 0 tasks"),
+        ([], {}, "at least one task is needed"),
         ([arrays()], {"task_names": ["a", "b"]}, "has 1 tasks, 2 task names"),
         ([arrays(), arrays()[:3]], {}, r"task 2: must be \(x, y\) or .* got 3 arrays"),
         (arrays()[:2], {}, r"task 1: must be \(x, y\) or .* got a ndarray"),

@@ -86,6 +86,23 @@ def test_no_number_and_no_heading_is_broken(width):
         assert method in text
 
 
+def test_a_table_fits_every_terminal():
+    """Also one that is too narrow for a column by a single character."""
+    results = several(unseen=True)
+    for width in range(60, 95):
+        text = text_of(results, width)
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_heading_with_settings_is_broken_between_words():
+    results = make_results(
+        *(make_run("sgd", settings={"learning_rate": rate}) for rate in (0.05, 0.5))
+    )
+    headings = [column.heading for column in table_content(results).accuracies]
+    assert "Against sgd\n(learning_rate=0.05)" in headings
+
+
 def test_one_seed_has_no_spread():
     text = text_of(several(seeds=1), 120)
     assert "±" not in text

@@ -214,6 +214,14 @@ def test_csv_writer_on_a_full_disk():
         pass
 
 
+def test_csv_writer_does_not_answer_for_another_file(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="weights"),
+        csv_writer(tmp_path / "metrics.csv"),
+    ):
+        (tmp_path / "weights").read_bytes()
+
+
 def test_tensorboard_writer(tmp_path):
     pytest.importorskip("tensorboardX")
     with tensorboard_writer(tmp_path) as writer:

@@ -1,9 +1,11 @@
 """The whole job from Python: run, tune, results; what is refused, and when."""
 
+import dataclasses
 import math
 import pathlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from flax import nnx
 
 from classp_jax import continual
 from classp_jax.continual.errors import ContinualError
-from classp_jax.continual.train import loop
+from classp_jax.continual.train import loop, weights
 from tests.continual import agem
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -115,6 +117,10 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"methods": ["clasp"]}, "did you mean 'classp'"),
         ({"methods": ["sgd", "sgd"]}, "named twice"),
         ({"methods": {"x": 3}}, "must be a name, a Method or an optax"),
+        ({"methods": {0.1: "sgd"}}, "a name must be text, got 0.1"),
+        ({"stream": "digits"}, "stream must be what permuted"),
+        ({"stream": [(np.zeros((9, 4)), np.arange(9) % 2)]}, "stream must be what"),
+        ({"settings": {"sgd": 0.1}}, "'sgd' takes a mapping"),
         (
             {"settings": {"replay": {"replay_size": 0}}},
             "replay_size must be at least 1",
@@ -136,6 +142,7 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"until_loss": math.nan}, "until_loss must be above 0"),
         ({"normalisation": (math.nan, 1.0)}, "normalisation must be a finite mean"),
         ({"normalisation": (0.5, 0.0)}, "deviation above 0"),
+        ({"normalisation": "no"}, "normalisation takes numbers, got 'n'"),
         ({"fisher": "exakt"}, "fisher must be"),
         ({"evaluate": "some"}, "evaluate must be"),
         ({"epoch": 3}, "no option 'epoch'"),
@@ -151,10 +158,10 @@ def test_everything_is_checked_before_anything_trains(
 
     monkeypatch.setattr(loop, "start_tracks", never)
     monkeypatch.setattr("classp_jax.continual.train.run.compile_method", never)
-    given = {"methods": ["sgd", "replay", "classp"], "model": LINEAR, "seeds": [0]}
-    given |= arguments
+    given = {"stream": digits, "methods": ["sgd", "replay", "classp"]}
+    given |= {"model": LINEAR, "seeds": [0]} | arguments
     with pytest.raises(ContinualError, match=message) as caught:
-        continual.run(digits, **given)
+        continual.run(**given)
     assert "\n" not in str(caught.value)
 
 
@@ -232,6 +239,79 @@ def test_weights_come_out_and_go_in(digits, tmp_path):
         assert again.runs[0].matrix[0] == results.runs[1].matrix[-1]
     assert again is not None
     assert "initial_weights" in again.configuration
+
+
+def test_another_network_of_the_same_name_is_refused(digits, tmp_path):
+    def run(activation):
+        model = (_small, lambda params, x: activation(_linear(params, x)))
+        return continual.run(
+            digits, model, ["sgd"], seeds=[0], folder=tmp_path, **QUICK
+        )
+
+    assert len(run(jnp.tanh).runs) == len(run(jnp.tanh).runs) == 1
+    with pytest.raises(ContinualError, match="the networks differ"):
+        run(jnp.sin)
+
+
+def test_what_a_stored_run_lacks_is_made_up_for(digits, tmp_path):
+    """Weights and rounding copies that are asked for later."""
+    # A slash is no folder.
+    methods = {"sgd": "sgd", "with/replay": "replay"}
+
+    def run(**more):
+        seeds = [0, 1]
+        folder = tmp_path
+        return continual.run(
+            digits, LINEAR, methods, seeds=seeds, folder=folder, **QUICK, **more
+        )
+
+    run()
+    before = continual.load(tmp_path).runs
+    asked = run(save_weights=True, rounding_copies=1)
+    stored = continual.load(tmp_path).runs
+    assert all(r.ulp_spread is not None for r in stored)
+    assert tuple(dataclasses.replace(r, ulp_spread=None) for r in stored) == before
+    assert len(list((tmp_path / "weights").iterdir())) == 4
+    trained = []
+    again = run(save_weights=True, rounding_copies=1, on_metrics=trained.append)
+    assert not trained
+    assert again.runs == stored
+    # They come back as they were, from the files.
+    assert set(again.params) == set(asked.params)
+    for key, expected in asked.params.items():
+        chex.assert_trees_all_equal(again.params[key], expected)
+    (file,) = (tmp_path / "weights").glob("sgd-*-0.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ContinualError, match=r"-0.npz is damaged: remove it"):
+        run(save_weights=True, rounding_copies=1)
+
+
+def test_keys_and_narrow_weights_come_back(tmp_path):
+    state = {"key": jax.random.key(3), "none": (), "step": jnp.int32(4)}
+    trained = weights.Trained(jnp.full(3, 0.1, jnp.bfloat16), state)
+    weights.save(tmp_path / "w.npz", trained)
+    found = weights.load(tmp_path / "w.npz", jax.eval_shape(lambda: trained))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, trained)
+    np.testing.assert_array_equal(found.params, trained.params)
+    assert found.state["key"] == state["key"]
+
+
+def test_results_are_kept_where_weights_do_not_fit(digits, tmp_path, monkeypatch):
+    def full(*_):
+        raise ContinualError("No space left on device")
+
+    monkeypatch.setattr(weights, "save", full)
+    with pytest.raises(ContinualError, match="No space left"):
+        continual.run(
+            digits,
+            LINEAR,
+            ["sgd"],
+            seeds=[0],
+            folder=tmp_path,
+            save_weights=True,
+            **QUICK,
+        )
+    assert [run.method for run in continual.load(tmp_path).runs] == ["sgd"]
 
 
 def test_rounding_copies_measure_what_hangs_on_rounding(digits):

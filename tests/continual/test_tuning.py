@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from classp_jax import continual
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.methods.protocol import Method, Setting
 from classp_jax.continual.results import Run
@@ -120,6 +121,19 @@ def test_another_search_is_never_overwritten(tmp_path, second, message):
 
 def no_training(*_):
     raise AssertionError("it trained")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trials": "2"}, "trials must be a whole number"),
+        ({"ranges": {"sgd": {"learning_rate": 3.0}}}, r"must be \(low, high\): 3.0"),
+        ({"ranges": {"sgd": {"learning_rate": (1.0, 0.1)}}}, "0 < low <= high"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(arguments, message):
+    with pytest.raises(ContinualError, match=message):
+        continual.tune("no stream is looked at", "mlp", ["sgd"], **arguments)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path):

@@ -75,7 +75,9 @@ def stream(
     arrays = list(tasks)
     names = [f"task {k}" for k in range(1, len(arrays) + 1)]
     names = names if task_names is None else distinct(task_names)
-    if not arrays or len(names) != len(arrays):
+    if not arrays:
+        raise DataError(f"{name}: at least one task is needed.")
+    if len(names) != len(arrays):
         raise DataError(f"{name}: has {len(arrays)} tasks, {len(names)} task names.")
     seen: dict[int, tuple[str, np.ndarray]] = {}
     parts = [

@@ -89,7 +89,9 @@ def stream_of_batches(
     given = list(tasks)
     names = [f"task {k}" for k in range(1, len(given) + 1)]
     names = names if task_names is None else distinct(task_names)
-    if not given or len(names) != len(given):
+    if not given:
+        raise DataError(f"{name}: at least one task is needed.")
+    if len(names) != len(given):
         raise DataError(f"{name}: has {len(given)} tasks, {len(names)} task names.")
     several = isinstance(examples, Sequence)
     sizes = list(examples) if several else [examples] * len(given)
@@ -100,7 +102,7 @@ def stream_of_batches(
             f"{examples!r}."
         )
     seen: dict[int, tuple[str, np.ndarray]] = {}
-    made = []
+    stream_tasks = []
     for task, size, parts in zip(names, sizes, given, strict=True):
         if len(parts) != 3 or not callable(parts[0]):
             raise DataError(
@@ -123,7 +125,7 @@ def stream_of_batches(
             )
         none = dataclasses.replace(test, rows=np.zeros(0, np.int32))
         classes = np.ones(num_classes, bool)
-        made.append(
+        stream_tasks.append(
             Task(
                 task,
                 cast(Any, Batches(cast(Read, parts[0]), size, in_shares)),
@@ -132,8 +134,8 @@ def stream_of_batches(
                 classes,
             )
         )
-    x = made[0].test.x
+    x = stream_tasks[0].test.x
     is_text = np.issubdtype(x.dtype, np.signedinteger)
     kind = "text" if is_text else "vector" if x.ndim == 2 else "image"
-    words = 1 + max(int(task.test.x.max()) for task in made) if is_text else 0
-    return Stream(name, kind, scenario, tuple(made), num_classes, words)
+    words = 1 + max(int(task.test.x.max()) for task in stream_tasks) if is_text else 0
+    return Stream(name, kind, scenario, tuple(stream_tasks), num_classes, words)

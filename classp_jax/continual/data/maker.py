@@ -86,17 +86,17 @@ class StreamMaker:
           DataError: if the seed is not such a number, or if a task has a part without
             examples.
         """
-        how = self.configuration
+        options = self.configuration
         tasks = [
-            task._replace(train=_subset(task.train, how["max_train"], seed, k))
+            task._replace(train=_subset(task.train, options["max_train"], seed, k))
             for k, task in enumerate(self.draw_tasks(seed))
         ]
         for task in tasks:
-            _check_parts(how["stream"], task, how["validation_fraction"])
+            _check_parts(options["stream"], task, options["validation_fraction"])
         return Stream(
-            name=how["stream"],
+            name=options["stream"],
             kind=self.sources[0].kind,
-            scenario=how["scenario"],
+            scenario=options["scenario"],
             tasks=tuple(tasks),
             num_classes=self.num_classes,
             vocabulary_size=self.vocabulary_size,
@@ -104,15 +104,16 @@ class StreamMaker:
 
     def describe(self) -> str:
         """What was read: a line for the stream, and one for its sources."""
-        how = self.configuration
+        options = self.configuration
         words = f", {self.vocabulary_size:,} tokens" if self.vocabulary_size else ""
         distinct = list({id(source): source for source in self.sources}.values())
         shown = distinct if len(distinct) <= 3 else distinct[:1]
         lines = [_described(source) for source in shown]
         if len(distinct) > len(shown):
             lines.append(f"and {len(distinct) - 1} more")
+        tasks = f"{options['tasks']} task{'s' * (options['tasks'] != 1)}"
         return (
-            f"{how['stream']}: {how['tasks']} tasks, {how['scenario']}, "
+            f"{options['stream']}: {tasks}, {options['scenario']}, "
             f"{self.num_classes} outputs{words}\n{'; '.join(lines)}"
         )
 

@@ -1,18 +1,16 @@
 """Methods put together: an optimizer, and what stands in front of it."""
 
 import functools
-import hashlib
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import classp_jax
+from classp_jax.continual._programs import program_hash
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.methods.protocol import (
     Batch,
@@ -134,27 +132,20 @@ def from_optax(
         inspect.signature(make).bind(**described)
     except TypeError as error:
         raise ContinualError(f"method {name!r}: {error}") from error
-    made = compose(name, Part(summary, described, make), ())
-    return made._replace(fingerprint=fingerprint)
+    composed = compose(name, Part(summary, described, make), ())
+    return composed._replace(fingerprint=fingerprint)
 
 
 def _fingerprint(tx: optax.GradientTransformation, params: Any) -> str:
-    """A hash of what a transformation computes from gradients; empty if it wants more.
-
-    Of the program with all its numbers, which a closure holds and no name tells.
-    """
+    """A hash of what it computes from gradients; empty if it wants more than them."""
 
     def first_update(gradients: Any, params: Any) -> Any:
         return tx.update(gradients, tx.init(params), params)
 
     try:
-        program = jax.make_jaxpr(first_update)(params, params)
+        return program_hash(first_update, params, params)
     except Exception:
         return ""  # Training will say what is wrong.
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)).encode())
-    for number in program.consts:
-        digest.update(np.asarray(number).tobytes())
-    return digest.hexdigest()[:8]
 
 
 def compose(

@@ -139,14 +139,20 @@ def as_methods(methods: Any) -> dict[str, Method]:
         raise ContinualError("methods: at least one is needed")
     found: dict[str, Method] = {}
     for name, value in pairs:
+        if not isinstance(name, str) or not name.strip():
+            raise ContinualError(f"methods: a name must be text, got {name!r}")
         if name in found:
             raise ContinualError(f"methods: {name!r} is named twice")
         if isinstance(value, optax.GradientTransformation):
             found[name] = from_optax(value, name=name)
         elif isinstance(value, str):
-            made = method(value)
-            parts = made.parts if name in made.parts else (*made.parts, name)
-            found[name] = made._replace(name=name, parts=parts)
+            method_of_name = method(value)
+            parts = (
+                method_of_name.parts
+                if name in method_of_name.parts
+                else (*method_of_name.parts, name)
+            )
+            found[name] = method_of_name._replace(name=name, parts=parts)
         elif isinstance(value, Method):
             parts = value.parts if name in value.parts else (*value.parts, name)
             found[name] = value._replace(name=name, parts=parts)
@@ -177,7 +183,12 @@ def settings_of(method: Method, layer: Mapping[str, Mapping[str, T]]) -> dict[st
         else:
             own = (OPTIMIZERS | ADDITIONS)[owner].settings
             known = _method(owner).settings
-        for name, value in layer.get(owner, {}).items():
+        values = layer.get(owner, {})
+        if not isinstance(values, Mapping):
+            raise ContinualError(
+                f"{owner!r} takes a mapping from its settings' names, got {values!r}"
+            )
+        for name, value in values.items():
             if name not in known:
                 raise ContinualError(
                     f"method {owner!r} has no setting {name!r}{nearest(name, known)}"

@@ -19,7 +19,7 @@ class Curves(NamedTuple):
     tasks: np.ndarray
     """Accuracy in %, [seeds, points, N]; NaN where not evaluated."""
     seen: np.ndarray
-    """The mean accuracy in % over the tasks whose training has begun, [seeds, points];
+    """The mean accuracy in % over the tasks whose training has seen, [seeds, points];
     NaN where one of them is not evaluated."""
 
 
@@ -63,9 +63,9 @@ def _curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _seen(positions: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    begun = np.arange(curve.shape[1]) < positions[:, None]
-    total = np.sum(np.where(begun, curve, 0.0), axis=1)
-    count = np.sum(begun, axis=1)
+    seen = np.arange(curve.shape[1]) < positions[:, None]
+    total = np.sum(np.where(seen, curve, 0.0), axis=1)
+    count = np.sum(seen, axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 

@@ -25,7 +25,9 @@ from classp_jax.continual.results.statistics import (
 )
 from classp_jax.continual.results.variants import variants
 
-_LABEL_WIDTH = 22
+_LABEL_WIDTH, _HEADING_WIDTH = 22, 16
+_GAP = 3
+"""Between two columns: padding, and one space that rich puts there itself."""
 
 
 class Column(NamedTuple):
@@ -112,7 +114,7 @@ def table_content(results: Results, reference: str | None = None) -> Content:
     accuracies = (
         column("Average\naccuracy", _average_accuracy),
         column(
-            _fold(f"Against {reference}", 16),
+            _fold(f"Against {reference}", _HEADING_WIDTH),
             lambda row: (
                 "reference"
                 if row.label == reference and not row.diverged
@@ -198,7 +200,8 @@ def _blocks(
     """The columns that stand side by side, each block with the labels before it."""
 
     def fits(columns: Sequence[Column]) -> bool:
-        return sum(column.width + 2 for column in [labels, *columns]) - 2 <= width
+        widths = [column.width for column in [labels, *columns]]
+        return sum(widths) + _GAP * (len(widths) - 1) <= width
 
     if fits([*accuracies, *costs]):
         yield [*accuracies, *costs]
@@ -216,7 +219,10 @@ def _blocks(
 
 def _rich_table(columns: Sequence[Column]) -> Table:
     table = Table(
-        box=rich.box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, _GAP - 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for i, column in enumerate(columns):
         table.add_column(
@@ -243,6 +249,9 @@ def _says_something(column: Column) -> bool:
 
 
 def _fold(text: str, width: int) -> str:
+    """Lines of this width, or of the longest word's, but never above a label's."""
+    longest = max(map(len, text.split()), default=0)
+    width = max(width, min(longest, _LABEL_WIDTH))
     return "\n".join(textwrap.wrap(text, width)) or text
 
 

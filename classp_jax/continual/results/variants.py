@@ -143,6 +143,13 @@ def _differences(a: Results, b: Results) -> list[str]:
     return differences(first, second)
 
 
+_MEANINGS = {
+    "fingerprint": " (the data differ)",
+    "program": " (the networks differ, or JAX traces them otherwise)",
+}
+"""Said after a hash, which tells nobody anything."""
+
+
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What differs between two nested tables of JSON's types, in words.
 
@@ -159,7 +166,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     texts = [
         f"{name} is {_short(first.get(name, _ABSENT))} and "
         f"{_short(second.get(name, _ABSENT))}"
-        + (" (the data differ)" if name.endswith("fingerprint") else "")
+        + _MEANINGS.get(name.rpartition(".")[2], "")
         for name in names
     ]
     return texts if len(texts) <= 3 else [*texts[:3], f"and {len(texts) - 3} more"]

@@ -47,18 +47,23 @@ def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
     path = pathlib.Path(path)
     with _one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                lines.writerow([*_KEYS, "metric", "value"])
+        file = path.open("a", newline="", encoding="utf-8")
+    lines = csv.writer(file, lineterminator="\n")
+    if file.tell() == 0:
+        lines.writerow([*_KEYS, "metric", "value"])
 
-            def write(record: Mapping[str, Any]) -> None:
-                with _one_line(path):
-                    keys = [record.get(key, "") for key in _KEYS]
-                    lines.writerows([*keys, *item] for item in _metrics(record).items())
-                    file.flush()
+    def write(record: Mapping[str, Any]) -> None:
+        with _one_line(path):
+            keys = [record.get(key, "") for key in _KEYS]
+            lines.writerows([*keys, *item] for item in _metrics(record).items())
+            file.flush()
 
-            yield write
+    try:
+        yield write
+    finally:
+        # Not around the caller's own work, whose errors are not this file's.
+        with _one_line(path):
+            file.close()
 
 
 @contextlib.contextmanager

@@ -226,19 +226,19 @@ def split_settings(
     return static, {n: np.float32(v) for n, v in settings.items() if n not in static}
 
 
-def check(experiment: Experiment, method: Method, settings: Mapping[str, Any]) -> int:
-    """Builds the method's state in the abstract; nothing is allocated.
-
-    Returns:
-      The bytes of its state.
+def abstract_state(
+    experiment: Experiment, method: Method, settings: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Shapes of the parameters and of the method's state; nothing is allocated.
 
     Raises:
       ContinualError: if the method refuses its settings.
     """
 
-    def state(key: jax.Array, run: RunData) -> Any:
+    def state(key: jax.Array, run: RunData) -> tuple[Any, Any]:
         functions = method.make(settings, problem_maker(experiment)(run))
-        return functions.init(experiment.model.init(key), key)
+        params = experiment.model.init(key)
+        return params, functions.init(params, key)
 
     if experiment.plans[0].feeds and method.plan is not None:
         raise ContinualError(
@@ -246,11 +246,20 @@ def check(experiment: Experiment, method: Method, settings: Mapping[str, Any]) -
         )
     try:
         run = run_data(experiment.plans[0])
-        found = jax.eval_shape(state, jax.random.key(0), run)
+        return jax.eval_shape(state, jax.random.key(0), run)
     except (ValueError, TypeError, OverflowError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ContinualError(f"method {method.name!r}: {line}") from error
-    leaves = [a for a in jax.tree.leaves(found) if hasattr(a.dtype, "itemsize")]
+
+
+def check(experiment: Experiment, method: Method, settings: Mapping[str, Any]) -> int:
+    """The bytes of a method's state.
+
+    Raises:
+      ContinualError: if the method refuses its settings.
+    """
+    _, state = abstract_state(experiment, method, settings)
+    leaves = [a for a in jax.tree.leaves(state) if hasattr(a.dtype, "itemsize")]
     return sum(a.size * a.dtype.itemsize for a in leaves)
 
 
@@ -325,7 +334,7 @@ def compile_evaluate(
 
 def _once(experiment: Experiment, key: Any, build: Callable[[], Any]) -> Any:
     if key not in experiment.executables:
-        made = build()
+        value = build()
         with experiment.lock:
-            experiment.executables.setdefault(key, made)
+            experiment.executables.setdefault(key, value)
     return experiment.executables[key]

@@ -50,7 +50,7 @@ class NoKeeper:
         del lanes
         return 0
 
-    def begun(self, group: Sequence[Track], task: int) -> int | None:
+    def first_point(self, group: Sequence[Track], task: int) -> int | None:
         """The point of the task to go on from; None if the task is over."""
         del group, task
         return 0
@@ -103,7 +103,7 @@ class Keeper(NoKeeper):
         self._identity = json.loads(json.dumps(identity))
         self._every = every
         self._resume = resume
-        self._begun: dict[pathlib.Path, tuple[int, int]] = {}
+        self._starts: dict[pathlib.Path, tuple[int, int]] = {}
         self._numbers: dict[pathlib.Path, int] = {}
         self._own: list[pathlib.Path] = []
         self._stopping = threading.Event()
@@ -158,7 +158,7 @@ class Keeper(NoKeeper):
                     errors.append(error)
             if errors:
                 raise errors[0]
-            return str(min((task for task, _ in self._begun.values()), default=""))
+            return str(min((task for task, _ in self._starts.values()), default=""))
 
         return min(int(task) for task in each(start) if task)
 
@@ -181,14 +181,14 @@ class Keeper(NoKeeper):
         _together(place, hold if place.reports else lambda: None)
         _together(place, see)
         found = checkpoints.find(folder, processes=place.processes)
-        self._begun[folder], self._numbers[folder] = (0, 0), 0
+        self._starts[folder], self._numbers[folder] = (0, 0), 0
         if found is not None:
             self._numbers[folder] = found.step
-            self._begun[folder] = _together(place, lambda: self._take(found, group))
+            self._starts[folder] = _together(place, lambda: self._take(found, group))
 
-    def begun(self, group: Sequence[Track], task: int) -> int | None:
+    def first_point(self, group: Sequence[Track], task: int) -> int | None:
         """The point of the task to go on from; None if the task is over."""
-        at, point = self._begun[self._place(group)]
+        at, point = self._starts[self._place(group)]
         return None if at > task else point if at == task else 0
 
     def stops(self, group: Sequence[Track], task: int, point: int) -> Iterator[int]:
@@ -257,7 +257,7 @@ class Keeper(NoKeeper):
         except BaseException as error:
             self._stopping.set()
             executor.shutdown(cancel_futures=True)
-            for place in self._begun:
+            for place in self._starts:
                 with self._noting_failure():
                     checkpoints.wait(place)
             stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
@@ -267,7 +267,7 @@ class Keeper(NoKeeper):
             raise
 
     def _written(self) -> str:
-        for place in self._begun:
+        for place in self._starts:
             checkpoints.wait(place)
         return ""
 

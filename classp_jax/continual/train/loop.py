@@ -62,7 +62,7 @@ def train(
     report = reporter(tracks, on_metrics, progress)
 
     def train_task(group: Sequence[Track], task: int) -> None:
-        first_point = keeper.begun(group, task)
+        first_point = keeper.first_point(group, task)
         if first_point is None:
             return
         points = max(len(track.plan.points[task]) for track in group)

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,11 +20,13 @@ from classp_jax.continual.methods.registry import (
     check_owners,
     resolve_settings,
 )
-from classp_jax.continual.results.records import Results
+from classp_jax.continual.results.records import Results, Run
 from classp_jax.continual.results.store import load
+from classp_jax.continual.train import weights
 from classp_jax.continual.train.cost import estimate
 from classp_jax.continual.train.experiment import (
     Experiment,
+    abstract_state,
     compile_evaluate,
     compile_method,
 )
@@ -38,15 +39,7 @@ from classp_jax.continual.train.loop import train
 from classp_jax.continual.train.progress import Progress
 from classp_jax.continual.train.provenance import provenance
 from classp_jax.continual.train.setup import set_up
-
-
-class Trained(NamedTuple):
-    """What a run ends with."""
-
-    params: Any
-    """The weights."""
-    state: Any
-    """The method's state: the optimizer's, and what it keeps beside that."""
+from classp_jax.continual.train.weights import Trained
 
 
 def run(
@@ -91,7 +84,8 @@ def run(
         a part of one: ``{"classp": {"eps": 0.5}}``.
       model_options: for a network that has a name, such as ``{"hidden": (64,)}``.
       folder: where results are added after each method. What is there already, of the
-        same methods, settings and seeds, is not trained again.
+        same methods, settings and seeds, is not trained again, unless it lacks weights
+        or rounding copies that are asked for.
       initial_weights: what to start from in place of random weights: a tree of
         parameters for all seeds, or one per seed, ``{seed: tree}``. What
         :attr:`Results.params` holds will do as a tree.
@@ -167,9 +161,9 @@ def run(
         name: _known_by(setup.experiment, method, resolved[name])
         for name, method in chosen.items()
     }
-    weights = None
+    starting = None
     if initial_weights is not None:
-        weights, digest = _starting_weights(setup.experiment, initial_weights)
+        starting, digest = _starting_weights(setup.experiment, initial_weights)
         configuration = configuration | {"initial_weights": digest}
     results = Results(configuration, setup.stream)
     cost = estimate(setup.experiment, chosen, resolved, 1 + rounding_copies)
@@ -179,25 +173,29 @@ def run(
         results = by_first(lambda: to_save.save(folder))
     if announce is not None:
         announce(cost.describe())
-    keepers = {}
-    if keeping:
-        for name in chosen:
-            keepers[name] = Keeper(
-                folder_of(folder, name),
-                {"settings": known_by[name], "configuration": configuration},
-                every=checkpoint_every,
-                resume=resume,
-            )
-    _check(keepers, setup.experiment, known_by, results)
-    todo = _compiled(setup.experiment, chosen, resolved, known_by, results)
+    keepers = {
+        name: Keeper(
+            folder_of(folder, name),
+            {"settings": known, "configuration": configuration},
+            every=checkpoint_every,
+            resume=resume,
+        )
+        for name, known in known_by.items()
+        if keeping
+    }
+
+    def complete() -> Results:
+        return _complete(folder, save_weights, rounding_copies > 0) or results
+
+    stored = by_first(complete)
+    _check(keepers, setup.experiment, known_by, stored)
+    todo = _compiled(setup.experiment, chosen, resolved, known_by, stored)
     for name, (method, experiment) in todo.items():
-        if folder is not None:
-            # Another process may have added it meanwhile.
-            there = by_first(lambda: load(folder))
-            remaining = _missing(experiment, name, known_by[name], there)
-            if remaining is None:
-                continue
-            experiment = remaining
+        # Another process may have added it meanwhile.
+        stored = by_first(complete)
+        experiment = _missing(experiment, name, known_by[name], stored)
+        if experiment is None:
+            continue
         states: dict[tuple[int, int], Any] = {}
         keeper = keepers.get(name)
         with keeper or contextlib.nullcontext():
@@ -205,7 +203,7 @@ def run(
                 experiment,
                 method,
                 [resolved[name]],
-                weights=weights,
+                weights=starting,
                 rounding_copies=rounding_copies,
                 on_metrics=on_metrics,
                 progress=progress,
@@ -231,6 +229,11 @@ def run(
             )
             if keeper is not None:
                 keeper.remove()
+    if save_weights and folder is not None:
+        params = _stored_weights(
+            setup.experiment, chosen, resolved, known_by, pathlib.Path(folder)
+        )
+        results = dataclasses.replace(results, params=params | results.params)
     return results
 
 
@@ -256,8 +259,46 @@ def _check(
 def _save(
     added: Results, settings: Mapping[str, Any], folder: str | os.PathLike[str]
 ) -> Results:
-    _save_weights(added.params, settings, pathlib.Path(folder, "weights"))
-    return added.save(folder)
+    results = added.save(folder)
+    for (method, seed), trained in added.params.items():
+        file = weights.file_of(pathlib.Path(folder), method, settings, seed)
+        weights.save(file, trained)
+    return results
+
+
+def _complete(
+    folder: str | os.PathLike[str] | None, with_weights: bool, with_rounding: bool
+) -> Results | None:
+    """The stored runs that have all that is asked for; others are trained again."""
+    if folder is None:
+        return None
+    results = load(folder)
+
+    def is_complete(run: Run) -> bool:
+        path = pathlib.Path(folder)
+        file = weights.file_of(path, run.method, run.settings, run.seed)
+        measured = run.ulp_spread is not None
+        return (measured or not with_rounding) and (file.exists() or not with_weights)
+
+    return dataclasses.replace(results, runs=tuple(filter(is_complete, results.runs)))
+
+
+def _stored_weights(
+    experiment: Experiment,
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Mapping[str, Any]],
+    known_by: Mapping[str, Mapping[str, Any]],
+    folder: pathlib.Path,
+) -> dict[tuple[str, int], Trained]:
+    """What a folder holds of these methods' and seeds' weights."""
+    found = {}
+    for name, method in methods.items():
+        like = Trained(*abstract_state(experiment, method, settings[name]))
+        for seed in _seeds_of(experiment):
+            file = weights.file_of(folder, name, known_by[name], seed)
+            if file.exists():
+                found[name, seed] = weights.load(file, like)
+    return found
 
 
 def _known_by(
@@ -347,24 +388,3 @@ def _missing(
     done = results.finished(method, dict(settings)) if results is not None else set()
     plans = tuple(plan for plan in experiment.plans if plan.seed not in done)
     return experiment._replace(plans=plans) if plans else None
-
-
-def _save_weights(
-    params: Mapping[tuple[str, int], Trained],
-    settings: Mapping[str, Any],
-    folder: pathlib.Path,
-) -> None:
-    """One file per run, ``METHOD-SETTINGS-SEED.npz``, arrays named by their path."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    for (method, seed), trained in params.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
-                jax.random.key_data(leaf)
-                if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-                else leaf
-            )
-            for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
-        }
-        file = folder / f"{method}-{digest[:6]}-{seed}.npz"
-        np.savez(file, allow_pickle=False, **arrays)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from classp_jax.continual._programs import program_hash
 from classp_jax.continual.data.arrays import Split, Stream
 from classp_jax.continual.data.batches import Batches
 from classp_jax.continual.errors import ContinualError, check_count
-from classp_jax.continual.models import as_model
+from classp_jax.continual.models import Model, as_model, example_batch
 from classp_jax.continual.train.experiment import Experiment, prepare
 from classp_jax.continual.train.plan import Training
 
@@ -58,6 +59,11 @@ def set_up(
     """
     training = _training(options)
     seeds = _checked_seeds(seeds)
+    if not (callable(stream) or isinstance(stream, Stream)):
+        raise ContinualError(
+            "stream must be what permuted, rotated, split, sequence, stream or "
+            f"stream_of_batches returns, got {type(stream).__name__}"
+        )
     draw: Any = stream if callable(stream) else lambda seed: stream
     streams: list[Stream] = [draw(seed) for seed in seeds]
     x = streams[0].tasks[0].test.x
@@ -85,6 +91,9 @@ def set_up(
     )
     data = getattr(stream, "configuration", None) or {"stream": streams[0].name}
     options = dict(more, name=network.name)
+    if not isinstance(model, str):
+        # Two networks may share a name: "<lambda>", or one that has been edited.
+        options["program"] = _program(network, example_batch(example))
     recorded = training._asdict()
     for name in ("until_loss", "compute_dtype", "nonfinite", "moments"):
         if recorded[name] == Training._field_defaults[name]:
@@ -109,6 +118,16 @@ def set_up(
     return Setup(experiment, json.loads(json.dumps(configuration)), info)
 
 
+def _program(network: Model, inputs: jax.ShapeDtypeStruct) -> str:
+    """A hash of how a network is initialised, trained and evaluated."""
+
+    def outputs(key: jax.Array, x: jax.Array) -> Any:
+        params = network.init(key)
+        return [network.apply(params, x, mode) for mode in (key, None)]
+
+    return program_hash(outputs, jax.random.key(0), inputs)
+
+
 def _training(options: Mapping[str, Any]) -> Training:
     """The options as numbers that training can use."""
     unknown = [name for name in options if name not in Training._fields]
@@ -121,6 +140,10 @@ def _training(options: Mapping[str, Any]) -> Training:
         for name, value in options.items()
         if name in ("epochs", "until_loss", "normalisation")
     }
+    for name in ("until_loss", "normalisation"):
+        for value in several.get(name, ()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ContinualError(f"{name} takes numbers, got {value!r}")
     training = Training(**{**options, **several})
     for name in ("batch_size", "points", "fisher_examples"):
         check_count(name, getattr(training, name), 1)

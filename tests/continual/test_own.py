@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class LinenModule(linen.Module):
 WIDTH = Setting(8, 2, 64, integer=True)
 
 
-def linen_of(width=WIDTH):
+def linen_of(width: Any = WIDTH):
     return LinenModule(width)
 
 

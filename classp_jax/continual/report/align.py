@@ -19,7 +19,7 @@ class Curves(NamedTuple):
     tasks: np.ndarray
     """Accuracy in %, [seeds, points, N]; NaN where not evaluated."""
     seen: np.ndarray
-    """The mean accuracy in % over the tasks whose training has seen, [seeds, points];
+    """The mean accuracy in % over the tasks whose training has begun, [seeds, points];
     NaN where one of them is not evaluated."""
 
 

@@ -198,9 +198,10 @@ def test_csv_writer_adds_lines_at_once(tmp_path):
             writer({**RECORD, "step": step})
             # Before the file is closed: a killed run leaves them.
             assert path.read_text().endswith(
-                f"sgd,0,1,{step},test_accuracy/task_1,0.25\n"
+                f"sgd,eps=1,0,1,{step},test_accuracy/task_1,0.25\n"
             )
-    assert path.read_text().count("method,seed,task,step,metric,value") == 1
+    header = "method,settings,seed,task,step,metric,value"
+    assert path.read_text().count(header) == 1
     assert len(path.read_text().splitlines()) == 5
 
 
@@ -227,10 +228,12 @@ def test_tensorboard_writer(tmp_path):
     with tensorboard_writer(tmp_path) as writer:
         writer(RECORD)
         writer({**RECORD, "seed": 1})
+        writer({**RECORD, "settings": {"eps": 0.5}})
     files = sorted(tmp_path.rglob("events.*"))
     assert [str(f.parent.relative_to(tmp_path)) for f in files] == [
-        "sgd/seed_0",
-        "sgd/seed_1",
+        "sgd/eps=0.5/seed_0",
+        "sgd/eps=1/seed_0",
+        "sgd/eps=1/seed_1",
     ]
     assert b"test_accuracy/task_1" in files[0].read_bytes()
 

@@ -1,10 +1,10 @@
 """What to do with metrics while training goes on: a CSV file, TensorBoard.
 
 ``run(..., on_metrics=writer)`` calls ``writer(record)`` for each seed at each
-evaluation. A record is a flat dictionary with ``method``, ``seed``, ``task`` (from 0),
-``step`` and the metrics of that point by name, such as ``{"method": "sgd", "seed": 0,
-"task": 1, "step": 40, "loss": 0.3, "test_accuracy/task_1": 0.9}``; whatever else is no
-number, such as ``settings``, is left out of both.
+evaluation. A record is a flat dictionary with ``method``, its ``settings`` by name,
+``seed``, ``task`` (from 0), ``step`` and the metrics of that point by name, such as
+``{"method": "sgd", "settings": {"learning_rate": 0.1}, "seed": 0, "task": 1, "step":
+40, "loss": 0.3, "test_accuracy/task_1": 0.9}``; what else is no number is left out.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from classp_jax.continual.results.errors import ResultsError
 
-_KEYS = ("method", "seed", "task", "step")
+_KEYS = ("method", "settings", "seed", "task", "step")
 
 OnMetrics = Callable[[Mapping[str, Any]], None]
 
@@ -25,8 +25,8 @@ OnMetrics = Callable[[Mapping[str, Any]], None]
 def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
     """Appends metrics to a CSV file, one line per metric, as they come.
 
-    The columns are ``method, seed, task, step, metric, value``. Each record is written
-    out at once, so that a killed run leaves its metrics.
+    The columns are ``method, settings, seed, task, step, metric, value``. Each record
+    is written out at once, so that a killed run leaves its metrics.
 
     Args:
       path: the file; its folder is made if need be. Lines are added to one that exists.
@@ -38,10 +38,12 @@ def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     with csv_writer(f"{folder}/metrics.csv") as writer:
-      ...         writer(dict(method="sgd", seed=0, task=1, step=40, loss=0.5))
+      ...         settings = {"learning_rate": 0.1}
+      ...         keys = dict(method="sgd", settings=settings, seed=0, task=1, step=40)
+      ...         writer(keys | {"loss": 0.5})
       ...     print(pathlib.Path(folder, "metrics.csv").read_text())
-      method,seed,task,step,metric,value
-      sgd,0,1,40,loss,0.5
+      method,settings,seed,task,step,metric,value
+      sgd,learning_rate=0.1,0,1,40,loss,0.5
       <BLANKLINE>
     """
     path = pathlib.Path(path)
@@ -54,7 +56,7 @@ def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
 
     def write(record: Mapping[str, Any]) -> None:
         with _one_line(path):
-            keys = [record.get(key, "") for key in _KEYS]
+            keys = [_key(record, key) for key in _KEYS]
             lines.writerows([*keys, *item] for item in _metrics(record).items())
             file.flush()
 
@@ -68,7 +70,7 @@ def csv_writer(path: str | os.PathLike[str]) -> Iterator[OnMetrics]:
 
 @contextlib.contextmanager
 def tensorboard_writer(folder: str | os.PathLike[str]) -> Iterator[OnMetrics]:
-    """Writes metrics for TensorBoard, one of its runs per method and seed.
+    """Writes metrics for TensorBoard, one of its runs per method, settings and seed.
 
     Args:
       folder: what ``tensorboard --logdir`` is given.
@@ -86,7 +88,8 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Iterator[OnMetrics]:
     writers: dict[str, Any] = {}
 
     def write(record: Mapping[str, Any]) -> None:
-        name = f"{record['method']}/seed_{record['seed']}"
+        keys = (record["method"], _key(record, "settings"), f"seed_{record['seed']}")
+        name = "/".join(filter(None, keys))
         with _one_line(pathlib.Path(folder)):
             if name not in writers:
                 writers[name] = tensorboardX.SummaryWriter(
@@ -100,6 +103,14 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Iterator[OnMetrics]:
     finally:
         for writer in writers.values():
             writer.close()
+
+
+def _key(record: Mapping[str, Any], key: str) -> Any:
+    """One of the keys, the settings as text."""
+    value = record.get(key, "")
+    if not isinstance(value, Mapping):
+        return value
+    return " ".join(f"{name}={number:g}" for name, number in value.items())
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:

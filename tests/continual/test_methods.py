@@ -152,6 +152,7 @@ def test_an_addition_alone_stands_on_sgd_and_scale_later_on_classp():
         ("scale-later+sgd", "scale-later goes with classp,"),
         ("scale-later+classp-density", "scale-later goes with classp,"),
         ("", "unknown method"),
+        (3, "named by text, got 3"),
     ],
 )
 def test_bad_names(name, message):
@@ -185,6 +186,16 @@ def test_methods_of_your_own_name():
     assert resolve_settings(found["mine"], layer)["strength"] == 3.0
     assert resolve_settings(found["other"], layer)["learning_rate"] == 0.7
     assert resolve_settings(found["sgd"], layer) == {}
+
+
+def test_an_optimizer_that_searches_along_a_line_finds_the_loss():
+    stream = continual.permuted("digits", tasks=2, max_train=64)
+    options = {"seeds": [0], "epochs": 5, "batch_size": 32}
+    results = continual.run(
+        stream, "mlp", {"slow": optax.sgd(1e-3), "lbfgs": optax.lbfgs()}, **options
+    )
+    slow, lbfgs = (run.matrix[-1][-1] for run in results.runs)
+    assert lbfgs > slow + 0.3
 
 
 def test_from_optax_refuses_settings_that_do_not_fit():

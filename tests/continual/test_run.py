@@ -146,6 +146,8 @@ def test_your_own_method_can_be_tuned(digits, tmp_path):
         ({"fisher": "exakt"}, "fisher must be"),
         ({"evaluate": "some"}, "evaluate must be"),
         ({"epoch": 3}, "no option 'epoch'"),
+        ({"seeds": None}, "seeds must be whole numbers, got None"),
+        ({"methods": None}, "methods must be names or a mapping, got None"),
         ({"model": "mlp", "model_options": {"hidden": (10**9,)}}, "hidden"),
         ({"initial_weights": {"w": 1.0}}, "not a tree like the network's"),
     ],

@@ -158,8 +158,9 @@ def compose(
 
     In each step the additions' ``settings``, then ``batch`` hooks act, the gradient of
     the loss is taken, then come the ``gradients`` hooks, the optimizer and the
-    ``updates`` hooks. An optimizer that is random finds a new ``key`` among the extra
-    arguments of its update.
+    ``updates`` hooks. The extra arguments of the optimizer's update are a new ``key``
+    for one that is random, and ``value``, ``grad`` and ``value_fn``, as Optax names
+    them, for one that searches along a line.
     """
     settings = dict(optimizer.settings)
     for addition in additions:
@@ -227,7 +228,14 @@ def _functions(
                     own[i], gradients, params, batch, keys[2 * i + 1]
                 )
         updates, optimizer_state = transform(state.tasks_done).update(
-            gradients, state.optimizer, params, key=own_key
+            gradients,
+            state.optimizer,
+            params,
+            key=own_key,
+            value=loss,
+            grad=gradients,
+            # Optax hands it every extra argument that it names, and refuses others.
+            value_fn=lambda params, key=None: loss_of(params)[0],
         )
         for i, hook in enumerate(hooks):
             if hook.updates is not None:

@@ -89,6 +89,8 @@ def method(name: str) -> Method:
       >>> sorted(continual.method("ewc").settings)
       ['learning_rate', 'strength']
     """
+    if not isinstance(name, str):
+        raise ContinualError(f"a method is named by text, got {name!r}")
     names = name.split("+")
     for part in names:
         if part not in METHODS:
@@ -130,6 +132,8 @@ def as_methods(methods: Any) -> dict[str, Method]:
     """
     if isinstance(methods, str | Method):
         methods = [methods]
+    if not isinstance(methods, Iterable):
+        raise ContinualError(f"methods must be names or a mapping, got {methods!r}")
     pairs = (
         list(methods.items())
         if isinstance(methods, Mapping)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,6 +181,8 @@ def _training(options: Mapping[str, Any]) -> Training:
 
 
 def _checked_seeds(seeds: Any) -> list[int]:
+    if not isinstance(seeds, int | Iterable):
+        raise ContinualError(f"seeds must be whole numbers, got {seeds!r}")
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in seeds:
         check_count("seeds", seed, 0)

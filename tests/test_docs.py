@@ -184,7 +184,7 @@ def test_the_paper_s_words_hold(paper):
     ]
     assert float(trials[0]) > float(trials[1])
     digits = paper.studies.study("permuted-digits")
-    assert max(digits, key=lambda v: digits[v]["validation"]) == "relative threshold"
+    assert max(digits, key=lambda v: digits[v]["validation"]) == "power 0.5 to 1.5"
 
 
 def test_the_paper_s_numbers_in_words_hold(paper):
@@ -204,10 +204,7 @@ def test_the_paper_s_numbers_in_words_hold(paper):
         # The study's variant, with a budget of its own.
         assert untuned <= {"classp-prior"}, name
         for _ in untuned:
-            variant = paper.studies.study(name)["own prior"]
-            assert len(variant["tries"]) == budget
-            found = presets.load(name).settings["classp-prior"]
-            assert found["prior"] == variant["settings"]["own_prior"]
+            assert len(paper.studies.study(name)["own prior"]["scores"]) == budget
     assert set(presets.sizes()) - {"digits"} <= set(paper.PRESETS)
     old = [name for name in paper.PRESETS if paper.first_edition(name)]
     assert {paper.seeds(name) for name in old} <= {"0 to 2"}
@@ -226,9 +223,10 @@ def test_the_study_s_words_follow_from_its_intervals(paper):
         name: paper.studies.variant_difference("permuted-digits", name).word
         for name in paper.studies.study("permuted-digits")
     }
-    assert {words[v] for v in ("classp", "density", "relative threshold")} == {"level"}
+    assert {words[v] for v in ("classp", "relative threshold")} == {"ahead"}
+    assert {words[v] for v in ("density", "power 0.5 to 1.5")} == {"level"}
     behind = {"scaling from task 2", "accumulator reset", "power 0.5", "power 2"}
-    behind |= {"power 3", "exclusive", "share", "rate over fan-in"}
+    behind |= {"power 3", "exclusive", "rate over fan-in"}
     assert {words[name] for name in behind} == {"behind"}
     assert {words[name] for name in ("bound", "eps times fan-in")} == {"level"}
 

@@ -79,8 +79,8 @@ def editions() -> str:
         [f"`{name}`" for name in PRESETS if first_edition(name) is first]
         for first in (True, False)
     )
-    text = f"those of {joined([*old, 'the studies'])} were made with the first edition"
-    return text + (f", those of {joined(new)} with this one" if new else "")
+    text = f"those of {joined(old)} were made with the first edition"
+    return f"{text}, those of {joined([*new, 'the studies'])} with this one"
 
 
 def made(*names: str) -> str:

@@ -1,7 +1,4 @@
-"""What the studies of the first edition and the stored trials say, for docs/paper.md.
-
-The studies' files are the first edition's; ``study.py`` stores what it runs in folders.
-"""
+"""What the studies and the stored trials say, for docs/paper.md."""
 
 import functools
 import json
@@ -13,6 +10,7 @@ import numpy as np
 from formatting import interval, period, spread, table
 from matplotlib.figure import Figure
 
+from classp_jax.continual.results import load
 from classp_jax.continual.results.statistics import Difference, paired_difference
 
 FOLDER = pathlib.Path(__file__).parent
@@ -34,10 +32,7 @@ ABLATIONS = (
 REMEDIES = (
     PLAIN,
     "power 0.5 to 1.5",
-    "prior",
     "own prior",
-    "share",
-    "prior and share",
     "eps times fan-in",
     "rate over fan-in",
     "bound",
@@ -49,9 +44,27 @@ BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
 
 
 @functools.cache
-def study(stream: str) -> dict[str, Any]:
-    """What the first edition's study of a stream found, by variant."""
-    return json.loads((FOLDER / f"study-{stream}.json").read_text(encoding="utf-8"))
+def study(stream: str) -> dict[str, dict[str, Any]]:
+    """What ``study.py`` found on a stream, by variant: accuracies are one a seed."""
+    folder = f"study-{stream}"
+    stored = load(FOLDER / folder).runs
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(run.method for run in stored):
+        runs = [run for run in stored if run.method == name]
+        ends = np.array([run.matrix[-1] for run in runs])
+        scores = [trial["score"] for trial in trials(folder)[name]]
+        found[name] = {
+            "settings": runs[0].settings,
+            "scores": scores,
+            "validation": max(scores),
+            "average": ends.mean(axis=1),
+            "first": ends[:, 0],
+            "last": ends[:, -1],
+            "density": [np.mean(run.update_density) for run in runs],
+            "date": runs[0].provenance.date[:10],
+            "device": runs[0].provenance.device,
+        }
+    return found
 
 
 def made_study(*streams: str) -> str:
@@ -61,7 +74,7 @@ def made_study(*streams: str) -> str:
     devices = ", ".join(sorted({variant["device"] for variant in found}))
     (count,) = {len(variant["average"]) for variant in found}
     return (
-        f"*Made:* {days}, the first edition of the code, {devices}, {count} seeds "
+        f"*Made:* {days}, this edition of the code, {devices}, {count} seeds "
         f"(0 to {count - 1})."
     )
 

@@ -23,6 +23,7 @@ from classp_jax.continual.results.files import locked, write_atomically
 from classp_jax.continual.results.metrics import average_accuracy
 from classp_jax.continual.train import train
 from classp_jax.continual.train.cost import estimate
+from classp_jax.continual.train.experiment import fingerprint_of
 from classp_jax.continual.train.setup import set_up
 
 FILE_NAME = "trials.json"
@@ -69,6 +70,8 @@ class Space(NamedTuple):
     """With the ranges that were asked for in place of the method's own."""
     fixed: dict[str, float]
     """Settings that are not drawn."""
+    transformation: str = ""
+    """What tells the method from another of its name, where there is such a thing."""
 
     def is_drawn(self, name: str) -> bool:
         """Whether trials differ in this setting."""
@@ -159,6 +162,10 @@ def tune(
         name: resolve_settings(method, settings or {})
         for name, method in chosen.items()
     }
+    spaces = [
+        space._replace(transformation=fingerprint_of(setup.experiment, space.method))
+        for space in spaces
+    ]
     cost = estimate(setup.experiment, chosen, resolved, trials)
     if announce is not None:
         announce(cost.describe())
@@ -382,9 +389,10 @@ class _Store:
                 for name, s in space.settings.items()
                 if space.is_drawn(name)
             }
-            self._same(
-                "spaces", {space.method.name: {"drawn": drawn, "fixed": space.fixed}}
-            )
+            wanted: dict[str, Any] = {"drawn": drawn, "fixed": space.fixed}
+            if space.transformation:
+                wanted["transformation"] = space.transformation
+            self._same("spaces", {space.method.name: wanted})
             self.trials.setdefault(space.method.name, [])
         self._write()
 

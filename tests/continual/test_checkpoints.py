@@ -338,6 +338,23 @@ def test_another_transformation_of_the_same_name_is_another_method(tmp_path):
     _train({"mine": optax.sgd(1e-3)}, folder=place, resume=True)
 
 
+def test_another_function_of_the_same_name_and_settings_is_another_method(tmp_path):
+    """An optimizer that was edited between two runs."""
+    rate = {"learning_rate": continual.Setting(0.1, 0.01, 1.0)}
+    before = continual.from_optax(optax.sgd, rate)
+    after = continual.from_optax(lambda learning_rate: optax.sgd(-learning_rate), rate)
+    first = _train({"mine": before}, folder=tmp_path).runs
+    assert len(_train({"mine": before}, folder=tmp_path).runs) == len(first)
+    both = _train({"mine": after}, folder=tmp_path).runs
+    assert len(both) == 2 * len(first)
+    assert both[-1].matrix != first[0].matrix
+    # Another number makes the same transformation.
+    settings = {"mine": {"learning_rate": 0.5}}
+    *_, third = _train({"mine": before}, settings=settings, folder=tmp_path).runs
+    texts = [run.settings["transformation"] for run in (first[0], both[-1], third)]
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_interrupted_again_and_again_it_ends_with_the_same_bits(tmp_path, monkeypatch):
     methods = ["replay+ewc+classp"]
     with monkeypatch.context() as patched:

@@ -108,6 +108,7 @@ def test_an_interrupted_search_goes_on_to_the_same_trials(tmp_path, batches_befo
         ({"identity": {"seeds": [2]}}, r"another search: seeds is \[1\] there"),
         ({"together": 4}, "another search: together is 8 there and 4 here"),
         ({"spaces": [space(power=2.0)]}, "another search: mine is"),
+        ({"spaces": [space()._replace(transformation="a")]}, "another search: mine is"),
     ],
 )
 def test_another_search_is_never_overwritten(tmp_path, second, message):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import classp_jax
@@ -92,8 +93,8 @@ def from_optax(
     Args:
       make: ``make(**settings)`` returns a gradient transformation. It is called with
         traced numbers while the step is compiled. Or a ready transformation, whose
-        numbers are fixed then; results tell it from others of its name by what it
-        computes.
+        numbers are fixed then. Results and trials tell either from others of its name
+        by what it computes.
       settings: the numbers that ``make`` takes, each a :class:`Setting` (with a range,
         so that it can be tuned) or a plain default.
       name: what results call the method.
@@ -114,7 +115,6 @@ def from_optax(
       >>> method.settings["learning_rate"].default
       0.1
     """
-    fingerprint = None
     if isinstance(make, optax.GradientTransformation):
         if settings:
             raise ContinualError(
@@ -123,7 +123,6 @@ def from_optax(
             )
         ready = make
         make = lambda: ready  # noqa: E731
-        fingerprint = functools.partial(_fingerprint, ready)
     described = {
         key: value if isinstance(value, Setting) else Setting(float(value))
         for key, value in (settings or {}).items()
@@ -133,17 +132,26 @@ def from_optax(
     except TypeError as error:
         raise ContinualError(f"method {name!r}: {error}") from error
     composed = compose(name, Part(summary, described, make), ())
-    return composed._replace(fingerprint=fingerprint)
+    return composed._replace(
+        fingerprint=functools.partial(_fingerprint, make, described)
+    )
 
 
-def _fingerprint(tx: optax.GradientTransformation, params: Any) -> str:
+def _fingerprint(
+    make: Callable[..., optax.GradientTransformation],
+    settings: Mapping[str, Setting],
+    params: Any,
+) -> str:
     """A hash of what it computes from gradients; empty if it wants more than them."""
+    fixed = {name: s.default for name, s in settings.items() if s.compiled}
+    traced = {name: np.float32(1) for name in settings if name not in fixed}
 
-    def first_update(gradients: Any, params: Any) -> Any:
+    def first_update(traced: Any, gradients: Any, params: Any) -> Any:
+        tx = make(**fixed, **traced)
         return tx.update(gradients, tx.init(params), params)
 
     try:
-        return program_hash(first_update, params, params)
+        return program_hash(first_update, traced, params, params)
     except Exception:
         return ""  # Training will say what is wrong.
 

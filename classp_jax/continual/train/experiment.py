@@ -217,6 +217,13 @@ def problem_maker(experiment: Experiment) -> Callable[..., Problem]:
     return problem_of
 
 
+def fingerprint_of(experiment: Experiment, method: Method) -> str:
+    """What tells a method from another of its name, for this network; often nothing."""
+    if method.fingerprint is None:
+        return ""
+    return method.fingerprint(jax.eval_shape(experiment.model.init, jax.random.key(0)))
+
+
 def split_settings(
     method: Method, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.float32]]:

@@ -29,6 +29,7 @@ from classp_jax.continual.train.experiment import (
     abstract_state,
     compile_evaluate,
     compile_method,
+    fingerprint_of,
 )
 from classp_jax.continual.train.experiment import (
     initial_weights as drawn_weights,
@@ -305,10 +306,8 @@ def _known_by(
     experiment: Experiment, method: Method, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings, and what else tells the method from another of its name."""
-    if method.fingerprint is None:
-        return dict(settings)
-    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    return {**settings, "transformation": method.fingerprint(params)}
+    found = fingerprint_of(experiment, method)
+    return {**settings, "transformation": found} if found else dict(settings)
 
 
 def _seeds_of(experiment: Experiment) -> list[int]:

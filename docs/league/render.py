@@ -398,7 +398,7 @@ def bars() -> str:
     worse = [s for s, found in adagrad.items() if found.word == "behind"]
     lines = [
         "First among methods without boundary and stored data, ahead of every rival "
-        "(that did not diverge) by an interval that excludes 0: on "
+        "(that was run there and did not diverge) by an interval that excludes 0: on "
         f"{len(firsts)} of {len(measured)} protocols"
         + (f" ({', '.join(firsts)})" if firsts else "")
         + "; three were wanted.",

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -215,15 +216,25 @@ def _arrays(shape: str) -> Iterator[_Array]:
         yield _Array(count * bits // 8, not dimensions, "S(" in layout)
 
 
-def collectives(compiled: Any) -> dict[str, int]:
-    """How many communications of each kind the module has, without those of none.
+def compiled_with_text(lowered: Any) -> tuple[Any, str]:
+    """Compiles, and also returns what the compiler itself writes of the module.
+
+    JAX cannot read every module that libtpu makes for several chips; libtpu can.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, written.read_text(encoding="utf-8")
+
+
+def collectives(module: str) -> dict[str, int]:
+    """How many communications of each kind a module's text has, without those of none.
 
     The TPU compiler splits one into steps that share a channel: they count as one.
     """
     names = "|".join(_COLLECTIVES)
-    found = re.findall(
-        rf" ({names})(?:-start)?\(.*?channel_id=(\d+)", compiled.as_text()
-    )
+    found = re.findall(rf" ({names})(?:-start)?\(.*?channel_id=(\d+)", module)
     channels = sorted(set(found))
     return {
         name: number

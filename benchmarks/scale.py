@@ -60,8 +60,8 @@ def work() -> Iterator[tuple[str, str, str, str]]:
             yield from ((part, model, slice_, name) for name in optimizers())
 
 
-def compiled(part: str, model: str, slice_: str, name: str) -> Any:
-    """A compiled ``step`` (loss, gradients, update), or its ``update`` alone.
+def lowered(part: str, model: str, slice_: str, name: str) -> Any:
+    """A ``step`` (loss, gradients, update) to compile, or its ``update`` alone.
 
     Parameters and state are donated.
     """
@@ -87,7 +87,7 @@ def compiled(part: str, model: str, slice_: str, name: str) -> Any:
     )
     params, state = ahead.placed((params, state), params, shardings, chips)
     function, last = (step, tokens) if part == "step" else (update, params)
-    return jax.jit(function, donate_argnums=(0, 1)).lower(params, state, last).compile()
+    return jax.jit(function, donate_argnums=(0, 1)).lower(params, state, last)
 
 
 def measure(part: str, model: str, slice_: str, name: str) -> dict[str, Any]:
@@ -100,12 +100,13 @@ def measure(part: str, model: str, slice_: str, name: str) -> dict[str, Any]:
         "optimizer": name,
     }
     try:
-        module = compiled(part, model, slice_, name)
+        step = lowered(part, model, slice_, name)
+        module, text = ahead.compiled_with_text(step)
         memory = module.memory_analysis()
         cell |= {
             "arguments": memory.argument_size_in_bytes,
             "temporary": memory.temp_size_in_bytes,
-            "collectives": _collectives(module),
+            "collectives": ahead.collectives(text),
         }
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error):
@@ -123,14 +124,6 @@ def _needed_and_available(error: str) -> tuple[str, str]:
         if found := re.search(form, error):
             return found[1], found[2]
     raise ValueError(f"No sizes are in the compiler's message: {error}")
-
-
-def _collectives(module: Any) -> dict[str, int] | None:
-    """The module's collectives; None where JAX cannot read what libtpu made."""
-    try:
-        return ahead.collectives(module)
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 def load() -> list[dict[str, Any]]:
@@ -185,14 +178,12 @@ def tables(cells: list[dict[str, Any]]) -> dict[str, str]:
 def _step(cell: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
     if "needs" in cell:
         return [f"does not fit: {cell['needs']} of {cell['has']}", "", ""]
-    added = _added(cell["collectives"], (baseline or {}).get("collectives"))
+    added = _added(cell["collectives"], (baseline or {}).get("collectives", {}))
     return [_gib(cell["arguments"]), _gib(cell["temporary"]), added]
 
 
-def _added(here: dict[str, int] | None, there: dict[str, int] | None) -> str:
+def _added(here: dict[str, int], there: dict[str, int]) -> str:
     """The collectives that the baseline's step does not have."""
-    if here is None or there is None:
-        return "-"
     more = {kind: here.get(kind, 0) - there.get(kind, 0) for kind in {**here, **there}}
     return ", ".join(f"{n:+d} {kind}" for kind, n in more.items() if n) or "0"
 

@@ -30,7 +30,7 @@ E = TypeVar("E", bound="ExperimentOptions")
 
 
 class UsageError(ConfigError):
-    """A command line that cannot be read; the message is one line."""
+    """The command line makes no sense; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int, float], None]
 
 
 class TuningError(ContinualError):
-    """A sweep that cannot be; the message is one line."""
+    """A sweep is refused; the message is one line."""
 
 
 class Trial(NamedTuple):

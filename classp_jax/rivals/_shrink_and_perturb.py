@@ -23,8 +23,8 @@ def shrink_and_perturb(
     .. math::
       w \leftarrow (1 - \lambda)\, w + u + \xi, \qquad \xi \sim N(0, \sigma^2)
 
-    Ash and Adams do this once
-    for each new set of data; in every step it needs no boundary.
+    Ash and Adams do this once for each new set of data; in every step it needs no
+    boundary.
 
     Args:
       shrink: :math:`\lambda \ge 0`, the share of each weight that is taken off.

@@ -147,16 +147,9 @@ def as_methods(methods: Any) -> dict[str, Method]:
             raise ContinualError(f"methods: a name must be text, got {name!r}")
         if name in found:
             raise ContinualError(f"methods: {name!r} is named twice")
+        value = method(value) if isinstance(value, str) else value
         if isinstance(value, optax.GradientTransformation):
             found[name] = from_optax(value, name=name)
-        elif isinstance(value, str):
-            method_of_name = method(value)
-            parts = (
-                method_of_name.parts
-                if name in method_of_name.parts
-                else (*method_of_name.parts, name)
-            )
-            found[name] = method_of_name._replace(name=name, parts=parts)
         elif isinstance(value, Method):
             parts = value.parts if name in value.parts else (*value.parts, name)
             found[name] = value._replace(name=name, parts=parts)

@@ -4,4 +4,4 @@ from classp_jax.continual.errors import ContinualError
 
 
 class ResultsError(ContinualError):
-    """Results that cannot be stored, read, merged or shown; the message is one line."""
+    """Storing, reading, merging or showing results failed; the message is one line."""

@@ -23,7 +23,7 @@ from classp_jax.continual.results.files import locked, write_atomically
 from classp_jax.continual.results.metrics import average_accuracy
 from classp_jax.continual.train import train
 from classp_jax.continual.train.cost import estimate
-from classp_jax.continual.train.experiment import fingerprint_of
+from classp_jax.continual.train.job import Job
 from classp_jax.continual.train.setup import set_up
 
 FILE_NAME = "trials.json"
@@ -162,11 +162,15 @@ def tune(
         name: resolve_settings(method, settings or {})
         for name, method in chosen.items()
     }
-    spaces = [
-        space._replace(transformation=fingerprint_of(setup.experiment, space.method))
-        for space in spaces
+    jobs = [
+        Job.of(name, method, resolved[name], setup.experiment)
+        for name, method in chosen.items()
     ]
-    cost = estimate(setup.experiment, chosen, resolved, trials)
+    spaces = [
+        space._replace(transformation=job.known_by.get("transformation", ""))
+        for space, job in zip(spaces, jobs, strict=True)
+    ]
+    cost = estimate(setup.experiment, jobs, trials)
     if announce is not None:
         announce(cost.describe())
 

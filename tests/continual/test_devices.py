@@ -11,7 +11,7 @@ from classp_jax.continual.methods import method, resolve_settings
 from classp_jax.continual.train import places
 from classp_jax.continual.train.experiment import problem_maker, stored_at
 from classp_jax.continual.train.setup import set_up
-from classp_jax.continual.train.step import make_traced
+from classp_jax.continual.train.step import Traced
 from classp_jax.continual.train.track import start_tracks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -123,7 +123,7 @@ def test_a_shared_batch_is_cut_and_gradients_are_summed(digits):
     (place,) = experiment.places
     track = start_tracks(experiment, found, [resolve_settings(found)], None, 0)[0]
     arguments = track.segment(track.schedule(0), 0, 0)
-    traced = make_traced(found, {}, problem_maker(experiment), experiment.training)
+    traced = Traced(found, {}, problem_maker(experiment), experiment.training)
     lowered = jax.jit(traced.advance).lower(
         stored_at(experiment, place), *place.put(arguments)
     )

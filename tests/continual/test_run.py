@@ -175,7 +175,7 @@ def test_seeds_of_any_size(digits):
 
 
 def test_a_folder_keeps_what_is_done_and_adds_the_rest(digits, tmp_path):
-    trained = []
+    trained, announced = [], []
 
     def run(methods, seeds, **more):
         return continual.run(
@@ -184,6 +184,7 @@ def test_a_folder_keeps_what_is_done_and_adds_the_rest(digits, tmp_path):
             methods,
             seeds=seeds,
             folder=tmp_path,
+            announce=announced.append,
             on_metrics=lambda record: trained.append(
                 (record["method"], record["seed"])
             ),
@@ -196,6 +197,11 @@ def test_a_folder_keeps_what_is_done_and_adds_the_rest(digits, tmp_path):
     trained.clear()
     results = run(["sgd", "classp"], [0, 1])
     assert set(trained) == {("sgd", 1), ("classp", 0), ("classp", 1)}
+    # One run of 15 steps, then the three that were left.
+    assert [line.split(", ")[1] for line in announced] == [
+        "15 steps in all",
+        "45 steps in all",
+    ]
     assert before in results.runs
     trained.clear()
     changed = run(["classp"], [0], settings={"classp": {"eps": 0.5}})

@@ -1,15 +1,15 @@
 """What an experiment will take: parameters, steps, memory and, roughly, time."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from classp_jax.continual.errors import ContinualError
-from classp_jax.continual.methods import Method
 from classp_jax.continual.train.experiment import Experiment, check
+from classp_jax.continual.train.job import Job
 
 _RATE = 7e10
 """Floating-point operations per second and core that networks reach."""
@@ -49,18 +49,12 @@ class Cost(NamedTuple):
         )
 
 
-def estimate(
-    experiment: Experiment,
-    methods: Mapping[str, Method],
-    settings: Mapping[str, Mapping[str, Any]],
-    copies: int = 1,
-) -> Cost:
+def estimate(experiment: Experiment, jobs: Sequence[Job], copies: int = 1) -> Cost:
     """Estimates what training will take, and checks every method's settings.
 
     Args:
       experiment: data, plans and network.
-      methods: the methods by name.
-      settings: the complete settings of each.
+      jobs: the methods, each with the seeds that are left to train.
       copies: how many times each seed is trained.
 
     Raises:
@@ -70,26 +64,26 @@ def estimate(
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    states = {name: check(experiment, m, settings[name]) for name, m in methods.items()}
-    runs = len(experiment.plans) * copies
-    # A step holds parameters, gradients, updates and one state that is being written.
     data = experiment.stored.nbytes * sum(len(p.devices) for p in experiment.places)
-    memory = {
-        name: data + runs * (size + state) + 4 * size + 2 * state
-        for name, state in states.items()
-    }
-    largest = max(memory, key=lambda name: memory[name])
-    if memory[largest] > _machine_memory():
-        raise ContinualError(
-            f"method {largest!r} needs about {memory[largest] / 1e9:,.1f} GB for "
-            f"{runs} run{'s' * (runs != 1)}, and this machine has "
-            f"{_machine_memory() / 1e9:,.1f} GB"
-        )
-    steps = copies * len(methods) * sum(sum(plan.steps) for plan in experiment.plans)
+    most = steps = 0
+    for job in jobs:
+        state = check(experiment, job.method, job.settings)
+        plans = job.experiment.plans
+        runs = len(plans) * copies
+        # A step holds parameters, gradients, updates, and one state being written.
+        memory = data + runs * (size + state) + 4 * size + 2 * state
+        if runs and memory > _machine_memory():
+            raise ContinualError(
+                f"method {job.name!r} needs about {memory / 1e9:,.1f} GB for "
+                f"{runs} run{'s' * (runs != 1)}, and this machine has "
+                f"{_machine_memory() / 1e9:,.1f} GB"
+            )
+        most = max(most, memory)
+        steps += copies * sum(sum(plan.steps) for plan in plans)
     operations = _operations_of_gradient(experiment, params)
     cores = os.cpu_count() or 1
     seconds = steps * (_STEP_SECONDS + operations / _RATE) / cores
-    return Cost(parameters, steps, memory[largest], seconds)
+    return Cost(parameters, steps, most, seconds)
 
 
 def _operations_of_gradient(experiment: Experiment, params: Any) -> float:

@@ -26,10 +26,10 @@ from classp_jax.continual.train.step import (
     CHUNK,
     Compiled,
     RunData,
+    Traced,
     compiled,
     make_evaluate,
     make_problem,
-    make_traced,
     width,
 )
 
@@ -285,7 +285,7 @@ def _compile(
     static, numbers = split_settings(method, settings)
     plan, training = experiment.plans[0], experiment.training
     problem_of = problem_maker(experiment)
-    traced = make_traced(method, static, problem_of, training)
+    traced = Traced(method, static, problem_of, training)
     run, seed, stored = run_data(plan), plan.seed, stored_at(experiment, place)
     compile_here = functools.partial(compiled, width=width(), place=place)
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))

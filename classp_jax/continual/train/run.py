@@ -1,46 +1,35 @@
 """The main job: methods on a stream, for every seed, results kept as they come."""
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from classp_jax.continual.errors import ContinualError, check_count
-from classp_jax.continual.methods.protocol import Method
 from classp_jax.continual.methods.registry import (
     as_methods,
     check_owners,
     resolve_settings,
 )
-from classp_jax.continual.results.records import Results, Run
-from classp_jax.continual.results.store import load
-from classp_jax.continual.train import weights
+from classp_jax.continual.results.records import Results
 from classp_jax.continual.train.cost import estimate
 from classp_jax.continual.train.experiment import (
     Experiment,
-    abstract_state,
     compile_evaluate,
     compile_method,
-    fingerprint_of,
 )
-from classp_jax.continual.train.experiment import (
-    initial_weights as drawn_weights,
-)
-from classp_jax.continual.train.hosts import by_first, each, is_first
+from classp_jax.continual.train.experiment import initial_weights as drawn_weights
+from classp_jax.continual.train.folder import Folder
+from classp_jax.continual.train.hosts import each, is_first
+from classp_jax.continual.train.job import Job
 from classp_jax.continual.train.keeper import Keeper, folder_of
 from classp_jax.continual.train.loop import train
 from classp_jax.continual.train.progress import Progress
-from classp_jax.continual.train.provenance import provenance
 from classp_jax.continual.train.setup import set_up
-from classp_jax.continual.train.weights import Trained
+from classp_jax.continual.train.weights import starting_weights
 
 
 def run(
@@ -157,53 +146,48 @@ def run(
         mesh=mesh,
         **options,
     )
-    configuration = setup.configuration
-    known_by = {
-        name: _known_by(setup.experiment, method, resolved[name])
-        for name, method in chosen.items()
-    }
+    experiment, configuration = setup.experiment, setup.configuration
     starting = None
     if initial_weights is not None:
-        starting, digest = _starting_weights(setup.experiment, initial_weights)
+        seeds = [plan.seed for plan in experiment.plans]
+        starting, digest = starting_weights(experiment.model, seeds, initial_weights)
         configuration = configuration | {"initial_weights": digest}
+    every_job = [
+        Job.of(name, method, resolved[name], experiment)
+        for name, method in chosen.items()
+    ]
     results = Results(configuration, setup.stream)
-    cost = estimate(setup.experiment, chosen, resolved, 1 + rounding_copies)
-    if folder is not None:
-        # Before the first hour of training is the time to find a full disk.
-        to_save = results
-        results = by_first(lambda: to_save.save(folder))
+    kept = Folder.of(folder, save_weights, rounding_copies > 0)
+    stored = kept.complete(results)
+    jobs = [job.without(stored) for job in every_job]
+    cost = estimate(experiment, jobs, 1 + rounding_copies)
+    results = kept.begin(results)
     if announce is not None:
         announce(cost.describe())
     keepers = {
-        name: Keeper(
-            folder_of(folder, name),
-            {"settings": known, "configuration": configuration},
+        job.name: Keeper(
+            folder_of(folder, job.name),
+            {"settings": job.known_by, "configuration": configuration},
             every=checkpoint_every,
             resume=resume,
         )
-        for name, known in known_by.items()
-        if keeping
+        for job in jobs
+        if folder is not None and keeping
     }
-
-    def complete() -> Results:
-        return _complete(folder, save_weights, rounding_copies > 0) or results
-
-    stored = by_first(complete)
-    _check(keepers, setup.experiment, known_by, stored)
-    todo = _compiled(setup.experiment, chosen, resolved, known_by, stored)
-    for name, (method, experiment) in todo.items():
+    _check(keepers, jobs, experiment)
+    _compile([job for job in jobs if job.seeds], experiment)
+    for job in jobs:
         # Another process may have added it meanwhile.
-        stored = by_first(complete)
-        experiment = _missing(experiment, name, known_by[name], stored)
-        if experiment is None:
+        job = job.without(kept.complete(results))
+        if not job.seeds:
             continue
+        keeper = keepers.get(job.name)
         states: dict[tuple[int, int], Any] = {}
-        keeper = keepers.get(name)
         with keeper or contextlib.nullcontext():
             (runs,) = train(
-                experiment,
-                method,
-                [resolved[name]],
+                job.experiment,
+                job.method,
+                [job.settings],
                 weights=starting,
                 rounding_copies=rounding_copies,
                 on_metrics=on_metrics,
@@ -211,179 +195,42 @@ def run(
                 trained=states if save_weights else None,
                 keeper=keeper,
             )
-        origin = provenance(command)
-        runs = tuple(
-            dataclasses.replace(r, settings=known_by[name], provenance=origin)
-            for r in runs
-        )
-        params = {
-            (name, experiment.plans[j].seed): Trained(state.params, state.method)
-            for (_, j), state in states.items()
-        }
-        added = Results(configuration, setup.stream, runs, params)
-        if folder is None:
-            results = results.add(added)
-        else:
-            results = dataclasses.replace(
-                by_first(functools.partial(_save, added, known_by[name], folder)),
-                params=results.params | params,
-            )
-            if keeper is not None:
-                keeper.remove()
-    if save_weights and folder is not None:
-        params = _stored_weights(
-            setup.experiment, chosen, resolved, known_by, pathlib.Path(folder)
-        )
-        results = dataclasses.replace(results, params=params | results.params)
-    return results
+        results = kept.add(results, job, runs, states, command)
+        if keeper is not None:
+            keeper.remove()
+    return kept.with_stored_weights(results, every_job)
 
 
 def _check(
-    keepers: Mapping[str, Keeper],
-    experiment: Experiment,
-    known_by: Mapping[str, Mapping[str, Any]],
-    results: Results,
+    keepers: Mapping[str, Keeper], jobs: Sequence[Job], experiment: Experiment
 ) -> None:
     """Refuses checkpoints of other runs, and removes those of runs that are stored."""
 
     def check() -> str:
-        for name, keeper in keepers.items() if is_first() else ():
-            if _missing(experiment, name, known_by[name], results):
-                keeper.check()
+        for job in jobs if keepers and is_first() else ():
+            if job.seeds:
+                keepers[job.name].check()
             else:
-                keeper.remove_finished(_seeds_of(experiment))
+                keepers[job.name].remove_finished(
+                    [plan.seed for plan in experiment.plans]
+                )
         return ""
 
     each(check)
 
 
-def _save(
-    added: Results, settings: Mapping[str, Any], folder: str | os.PathLike[str]
-) -> Results:
-    results = added.save(folder)
-    for (method, seed), trained in added.params.items():
-        file = weights.file_of(pathlib.Path(folder), method, settings, seed)
-        weights.save(file, trained)
-    return results
-
-
-def _complete(
-    folder: str | os.PathLike[str] | None, with_weights: bool, with_rounding: bool
-) -> Results | None:
-    """The stored runs that have all that is asked for; others are trained again."""
-    if folder is None:
-        return None
-    results = load(folder)
-
-    def is_complete(run: Run) -> bool:
-        path = pathlib.Path(folder)
-        file = weights.file_of(path, run.method, run.settings, run.seed)
-        measured = run.ulp_spread is not None
-        return (measured or not with_rounding) and (file.exists() or not with_weights)
-
-    return dataclasses.replace(results, runs=tuple(filter(is_complete, results.runs)))
-
-
-def _stored_weights(
-    experiment: Experiment,
-    methods: Mapping[str, Method],
-    settings: Mapping[str, Mapping[str, Any]],
-    known_by: Mapping[str, Mapping[str, Any]],
-    folder: pathlib.Path,
-) -> dict[tuple[str, int], Trained]:
-    """What a folder holds of these methods' and seeds' weights."""
-    found = {}
-    for name, method in methods.items():
-        like = Trained(*abstract_state(experiment, method, settings[name]))
-        for seed in _seeds_of(experiment):
-            file = weights.file_of(folder, name, known_by[name], seed)
-            if file.exists():
-                found[name, seed] = weights.load(file, like)
-    return found
-
-
-def _known_by(
-    experiment: Experiment, method: Method, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The settings, and what else tells the method from another of its name."""
-    found = fingerprint_of(experiment, method)
-    return {**settings, "transformation": found} if found else dict(settings)
-
-
-def _seeds_of(experiment: Experiment) -> list[int]:
-    return [plan.seed for plan in experiment.plans]
-
-
-def _starting_weights(
-    experiment: Experiment, given: Any
-) -> tuple[Callable[[int], Any], str]:
-    """The weights of each seed, checked, and a hash of them."""
-    seeds = _seeds_of(experiment)
-    by_seed = isinstance(given, Mapping) and all(isinstance(k, int) for k in given)
-    trees = {seed: given.get(seed) if by_seed else given for seed in seeds}
-    expected = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    digest = hashlib.sha256()
-    for seed, tree in trees.items():
-        tree = trees[seed] = tree.params if isinstance(tree, Trained) else tree
-        if jax.tree.structure(tree) != jax.tree.structure(expected):
-            raise ContinualError(
-                f"initial_weights of seed {seed} are not a tree like the network's: "
-                f"{' '.join(str(jax.tree.structure(expected)).split())}"
-            )
-        shapes = [
-            (np.shape(a), b.shape)
-            for a, b in zip(
-                jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
-            )
-        ]
-        wrong = [pair for pair in shapes if pair[0] != pair[1]]
-        if wrong:
-            raise ContinualError(
-                f"initial_weights of seed {seed} have shape {wrong[0][0]} where the "
-                f"network has {wrong[0][1]}"
-            )
-        for leaf in jax.tree.leaves(tree):
-            digest.update(np.asarray(leaf).tobytes())
-    return trees.__getitem__, digest.hexdigest()[:16]
-
-
-def _compiled(
-    experiment: Experiment,
-    methods: Mapping[str, Method],
-    settings: Mapping[str, Mapping[str, Any]],
-    known_by: Mapping[str, Mapping[str, Any]],
-    results: Results,
-) -> dict[str, tuple[Method, Experiment]]:
-    """The methods with seeds left to train, all compiled, side by side."""
-    todo = {}
-    for name, method in methods.items():
-        remaining = _missing(experiment, name, known_by[name], results)
-        if remaining is not None:
-            todo[name] = (method, remaining)
-    if todo:
-        drawn_weights(experiment, experiment.plans[0].seed)
-        used = experiment.places[: len(experiment.plans)]
-        places = [place for place in used if place.is_here]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
-            compiling = [
-                executor.submit(
-                    compile_method, experiment, method, settings[name], place
-                )
-                for name, (method, _) in todo.items()
-                for place in places
-            ] + [executor.submit(compile_evaluate, experiment, p) for p in places]
-            for future in compiling:
-                future.result()
-    return todo
-
-
-def _missing(
-    experiment: Experiment,
-    method: str,
-    settings: Mapping[str, Any],
-    results: Results | None,
-) -> Experiment | None:
-    """The experiment with the seeds that are left to train; None if there are none."""
-    done = results.finished(method, dict(settings)) if results is not None else set()
-    plans = tuple(plan for plan in experiment.plans if plan.seed not in done)
-    return experiment._replace(plans=plans) if plans else None
+def _compile(jobs: Sequence[Job], experiment: Experiment) -> None:
+    """Compiles all that jobs need, side by side."""
+    if not jobs:
+        return
+    drawn_weights(experiment, experiment.plans[0].seed)
+    used = experiment.places[: len(experiment.plans)]
+    places = [place for place in used if place.is_here]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        compiling = [
+            executor.submit(compile_method, experiment, job.method, job.settings, place)
+            for job in jobs
+            for place in places
+        ] + [executor.submit(compile_evaluate, experiment, p) for p in places]
+        for future in compiling:
+            future.result()

@@ -162,62 +162,62 @@ def make_problem(
 
 
 class Traced(NamedTuple):
-    """A method's functions of one run, not compiled yet."""
+    """A method's functions of one run, to be compiled."""
 
-    init: Callable[..., State]
-    advance: Callable[..., State]
-    end_of_task: Callable[..., State]
+    method: Method
+    static: Mapping[str, Any]
+    """Settings that are compiled in; the others come with each call."""
+    problem_of: Callable[..., Problem]
+    """The problem of a run, given the loss scale and running moments."""
+    training: Training
+    """The precision, and what a step that is not finite leads to."""
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether the loss is scaled."""
+        return self.training.compute_dtype == "float16"
 
-def make_traced(
-    method: Method,
-    static: Mapping[str, Any],
-    problem_of: Callable[..., Problem],
-    training: Training,
-) -> Traced:
-    """Builds a method's functions of one run.
+    @property
+    def has_moments(self) -> bool:
+        """Whether the inputs are standardised as they come."""
+        return self.training.moments == "running"
 
-    Args:
-      method: the method.
-      static: settings that are compiled in; the others come with each call.
-      problem_of: the problem of a run, given the loss scale and running moments.
-      training: the precision, and what a step that is not finite leads to.
-    """
-    has_scale = training.compute_dtype == "float16"
-    undoes = has_scale or training.nonfinite == "skip"
-    has_moments = training.moments == "running"
+    @property
+    def undoes(self) -> bool:
+        """Whether a step that is not finite is undone."""
+        return self.has_scale or self.training.nonfinite == "skip"
 
     def functions(
-        run: RunData, settings: Mapping[str, Any], scale: Any = (), moments: Any = ()
+        self,
+        run: RunData,
+        settings: Mapping[str, Any],
+        scale: Any = (),
+        moments: Any = (),
     ) -> Functions:
-        value = scale.value if scale else None
-        return method.make({**static, **settings}, problem_of(run, value, moments))
+        """The method's own functions, of one run and one group of settings."""
+        problem = self.problem_of(run, scale.value if scale else None, moments)
+        return self.method.make({**self.static, **settings}, problem)
 
-    def batch_of(stored: Any, run: RunData, examples: Examples) -> Batch:
-        return Batch(
-            inputs_of(stored, run, examples.rows, examples.task),
-            jnp.asarray(examples.y),
-            jnp.asarray(examples.task),
-            run.classes[examples.task],
-            jnp.ones(examples.y.shape, jnp.float32),
-        )
-
-    def init(stored: Any, run: Any, settings: Any, params: Any, keys: Any) -> State:
+    def init(
+        self, stored: Any, run: RunData, settings: Any, params: Any, keys: Any
+    ) -> State:
+        """The state before the first step."""
         zero, none = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
         return State(
             params=params,
-            method=functions(run, settings).init(params, keys[0]),
+            method=self.functions(run, settings).init(params, keys[0]),
             key=keys[1],
             total=none,
             step=none,
             ended=jnp.zeros([], bool),
             finite=jnp.ones([], bool),
             tally=Tally(zero, none, zero, zero, none),
-            scale=LossScale.first() if has_scale else (),
-            moments=Moments.none(stored.shape[1:]) if has_moments else (),
+            scale=LossScale.first() if self.has_scale else (),
+            moments=Moments.none(stored.shape[1:]) if self.has_moments else (),
         )
 
     def advance(
+        self,
         stored: Any,
         run: RunData,
         settings: Any,
@@ -234,55 +234,57 @@ def make_traced(
         def body(s: State) -> State:
             here = s.step % length if in_blocks else s.step
             examples = Examples(*(a[here] for a in schedule))
-            batch = batch_of(stored, run, examples)
-            key = jax.random.fold_in(s.key, s.total)
-            moments = s.moments
-            if has_moments:
-                moments = moments.after(scaled(batch.x, run))
-            step = functions(run, settings, s.scale, moments).step
-            params, own, metrics = step(s.params, s.method, batch, key)
-            scale, fine = s.scale, jnp.bool_(True)
-            if undoes:
-                (params, own, moments), fine = unless_broken(
-                    (params, own, moments),
-                    (s.params, s.method, s.moments),
-                    metrics.loss,
-                )
-            if has_scale:
-                scale = s.scale.after(fine)
-            guess = jnp.argmax(metrics.logits[: batch.y.shape[0]], axis=1)
-            correct = jnp.sum(guess.astype(jnp.int32) == batch.y, dtype=jnp.int32)
-            end_of_pass = (s.step + 1) % steps_per_pass == 0
-            tally = Tally(
-                s.tally.loss + metrics.loss,
-                s.tally.correct + correct,
-                s.tally.density + metrics.update_density,
-                metrics.loss,
-                s.tally.taken + 1,
-            )
-            if undoes:
-                tally = jax.tree.map(
-                    lambda a, b: jax.lax.select(fine, a, b), tally, s.tally
-                )
-            return State(
-                params=params,
-                method=own,
-                key=s.key,
-                total=s.total + 1,
-                step=s.step + 1,
-                ended=end_of_pass & (metrics.loss < target),
-                finite=s.finite & (jnp.isfinite(metrics.loss) | undoes),
-                tally=tally,
-                scale=scale,
-                moments=moments,
-            )
+            s, loss = self.step(stored, run, settings, examples, s)
+            end_of_pass = s.step % steps_per_pass == 0
+            return s._replace(ended=end_of_pass & (loss < target))
 
         state = jax.lax.while_loop(lambda s: (s.step < stop) & ~s.ended, body, state)
         leaves = jax.tree.leaves(state.params)
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
         return state._replace(finite=state.finite & jnp.all(jnp.stack(finite)))
 
+    def step(
+        self, stored: Any, run: RunData, settings: Any, examples: Examples, s: State
+    ) -> tuple[State, jax.Array]:
+        """One step, with what it adds to the sums of the task, and its loss."""
+        batch = _batch_of(stored, run, examples)
+        key = jax.random.fold_in(s.key, s.total)
+        moments = s.moments
+        if self.has_moments:
+            moments = moments.after(scaled(batch.x, run))
+        step = self.functions(run, settings, s.scale, moments).step
+        params, own, metrics = step(s.params, s.method, batch, key)
+        guess = jnp.argmax(metrics.logits[: batch.y.shape[0]], axis=1)
+        correct = jnp.sum(guess.astype(jnp.int32) == batch.y, dtype=jnp.int32)
+        tally = Tally(
+            s.tally.loss + metrics.loss,
+            s.tally.correct + correct,
+            s.tally.density + metrics.update_density,
+            metrics.loss,
+            s.tally.taken + 1,
+        )
+        scale = s.scale
+        if self.undoes:
+            (params, own, moments, tally), fine = unless_broken(
+                (params, own, moments, tally),
+                (s.params, s.method, s.moments, s.tally),
+                metrics.loss,
+            )
+            scale = s.scale.after(fine) if self.has_scale else s.scale
+        s = s._replace(
+            params=params,
+            method=own,
+            total=s.total + 1,
+            step=s.step + 1,
+            finite=s.finite & (jnp.isfinite(metrics.loss) | self.undoes),
+            tally=tally,
+            scale=scale,
+            moments=moments,
+        )
+        return s, metrics.loss
+
     def end_of_task(
+        self,
         stored: Any,
         run: RunData,
         settings: Any,
@@ -290,14 +292,23 @@ def make_traced(
         key: Any,
         state: State,
     ) -> State:
-        ending = functions(run, settings, state.scale, state.moments).end_of_task
+        """What the method does when a task ends."""
+        ending = self.functions(run, settings, state.scale, state.moments).end_of_task
         assert ending is not None
         key = jax.random.fold_in(key, state.total)
-        batch = batch_of(stored, run, sample)
+        batch = _batch_of(stored, run, sample)
         params, own = ending(state.params, state.method, batch, key)
         return state._replace(params=params, method=own)
 
-    return Traced(init, advance, end_of_task)
+
+def _batch_of(stored: Any, run: RunData, examples: Examples) -> Batch:
+    return Batch(
+        inputs_of(stored, run, examples.rows, examples.task),
+        jnp.asarray(examples.y),
+        jnp.asarray(examples.task),
+        run.classes[examples.task],
+        jnp.ones(examples.y.shape, jnp.float32),
+    )
 
 
 def next_task(state: State) -> State:

@@ -1,4 +1,4 @@
-"""Trained weights and states in a folder of results, one file for each run."""
+"""Weights that runs start from, and those they end with, one file for each run."""
 
 import hashlib
 import io
@@ -6,7 +6,7 @@ import json
 import pathlib
 import urllib.parse
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from classp_jax.continual.errors import ContinualError
 from classp_jax.continual.leaves import copied, is_key, named
+from classp_jax.continual.models import Model
 from classp_jax.continual.results.files import write_atomically
 
 
@@ -70,3 +71,45 @@ def load(file: pathlib.Path, like: Trained) -> Trained:
             f"{file} is damaged: remove it, and its run is trained again"
         ) from error
     return jax.tree.structure(like).unflatten(leaves)
+
+
+def starting_weights(
+    model: Model, seeds: Sequence[int], given: Any
+) -> tuple[Callable[[int], Any], str]:
+    """The weights that each seed starts from, checked, and a hash of them.
+
+    Args:
+      model: the network.
+      seeds: the seeds.
+      given: a tree for all of them, or ``{seed: tree}``; a tree may be a
+        :class:`Trained`.
+
+    Raises:
+      ContinualError: if a tree is not like the network's.
+    """
+    by_seed = isinstance(given, Mapping) and all(isinstance(k, int) for k in given)
+    trees = {seed: given.get(seed) if by_seed else given for seed in seeds}
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    digest = hashlib.sha256()
+    for seed, tree in trees.items():
+        tree = trees[seed] = tree.params if isinstance(tree, Trained) else tree
+        if jax.tree.structure(tree) != jax.tree.structure(expected):
+            raise ContinualError(
+                f"initial_weights of seed {seed} are not a tree like the network's: "
+                f"{' '.join(str(jax.tree.structure(expected)).split())}"
+            )
+        shapes = [
+            (np.shape(a), b.shape)
+            for a, b in zip(
+                jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
+            )
+        ]
+        wrong = [pair for pair in shapes if pair[0] != pair[1]]
+        if wrong:
+            raise ContinualError(
+                f"initial_weights of seed {seed} have shape {wrong[0][0]} where the "
+                f"network has {wrong[0][1]}"
+            )
+        for leaf in jax.tree.leaves(tree):
+            digest.update(np.asarray(leaf).tobytes())
+    return trees.__getitem__, digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Whole training steps of large decoders, compiled for slices of TPUs; none is run.
 
 ``python benchmarks/scale.py`` compiles what ``docs/scale.json`` lacks (extra
-``tpu-compiler``; minutes a step, and it may be stopped and started again) and writes
+``tpu-compiler``; minutes per step, and it may be stopped and started again) and writes
 the table of ``docs/scale.md``; ``--page`` only writes the table.
 """
 

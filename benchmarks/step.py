@@ -374,7 +374,7 @@ def time_here() -> dict[str, Any]:
         f"{datetime.date.today().isoformat()}\n\n"
         "ms: one jitted, donated step of update and apply_updates, median\n"
         f"ratio: time in terms of {BASELINE}, median over rounds\n"
-        "traffic, temp, state: bytes a parameter that XLA counts as accessed, as\n"
+        "traffic, temp, state: bytes per parameter that XLA counts as accessed, as\n"
         "  temporary and as optimizer state; with an accumulator no step can do with\n"
         f"  less than {LIMIT} of traffic (read g, A, w; write A, w)"
     )

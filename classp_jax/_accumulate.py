@@ -154,7 +154,7 @@ def scale_by_generalized_adagrad(
     Returns:
       A transform whose updates have the gradients' shapes and dtypes. Its state is
       :class:`ScaleByGeneralizedAdagradState`: a step count, one real array the size of
-      the parameters and one number a leaf, whatever the arguments.
+      the parameters and one number per leaf, whatever the arguments.
 
     Raises:
       ValueError: if ``power <= 0``, ``eps < 0``, ``prior < 0`` or ``window < 1`` (or

@@ -77,7 +77,7 @@ def classp(
     Returns:
       An optimizer whose updates have the gradients' shapes and dtypes. Its state is
       :class:`ScaleByGeneralizedAdagradState`: a step count, one real array the size of
-      the parameters and one number a leaf. Its tree is the same for all arguments, so
+      the parameters and one number per leaf. Its tree is the same for all arguments, so
       that one ``classp`` may take over the state of another at a task boundary.
 
     Raises:

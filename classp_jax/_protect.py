@@ -79,7 +79,7 @@ def protect(
     Returns:
       An optimizer whose updates have the shapes and dtypes of ``inner``'s. Its state is
       :class:`ProtectState`: that of ``inner``, a step count, one real array the size of
-      the parameters and one number a leaf.
+      the parameters and one number per leaf.
 
     Raises:
       ValueError: if a number is out of its range, infinite or NaN, or if the gradients'

@@ -94,8 +94,8 @@ print(f"pretrained: old {before[0]:.1f} %, new {before[1]:.1f} %")
 # ## Which weights matter to the old data
 #
 # `finetune.gradients` takes the gradients of a loss on batches; `accumulate_importance`
-# adds up their sizes, one sum a weight, and moves nothing. `per_example=True` takes the
-# gradient of every image by itself: in the mean of a batch images cancel, and what
+# adds up their sizes, one sum per weight, and moves nothing. `per_example=True` takes
+# the gradient of every image by itself: in the mean of a batch images cancel, and what
 # cancels is not counted.
 
 # %%

@@ -32,9 +32,9 @@ _HEAD = ("search", "spaces")
 
 Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
 Evaluate = Callable[[Method, list[dict[str, float]]], list[list[Run]]]
-"""``evaluate(method, settings)``: the runs of each of several settings, one a seed."""
+"""``evaluate(method, settings)``: the runs of each setting, one per seed."""
 Measure = Callable[[Sequence[Run]], Mapping[str, float]]
-"""``measure(runs)``: numbers by name, of one setting's runs, one a seed."""
+"""``measure(runs)``: numbers by name, of one setting's runs, one per seed."""
 Progress = Callable[[str, int, int, float], None]
 """Called as ``progress(method, trials_done, trials, best_score)``."""
 
@@ -255,7 +255,7 @@ def search(
     goes on in its folder after an interruption draws what it would have drawn.
 
     Args:
-      spaces: what to draw from, one a method.
+      spaces: what to draw from, one per method.
       evaluate: trains several settings of a method.
       trials: how many trials each method gets.
       together: how many are drawn, and evaluated, at once.

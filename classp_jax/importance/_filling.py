@@ -52,7 +52,7 @@ def accumulate_importance(
 
     Gradients of single examples (``per_example=True``) say more than those of batches,
     in whose mean cancels what the examples disagree on, and come closer to the Fisher
-    information; a batch takes one gradient where they take one an example. Prefer them
+    information; a batch takes one gradient where they take one per example. Prefer them
     where time allows::
 
       gradient = jax.vmap(jax.grad(loss), in_axes=(None, 0))

@@ -13,7 +13,7 @@ from plan import Plan
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The runs of a file, one a line."""
+    """The runs of a file, one per line."""
     if not file.exists():
         return []
     stamp = file.stat()

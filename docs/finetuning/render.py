@@ -76,7 +76,7 @@ def made(problem: str, method: str) -> list[dict[str, Any]]:
 
 
 def of_seeds(problem: str, method: str, target: float) -> np.ndarray:
-    """What is kept at a target, a number a seed; NaN where it is not reached."""
+    """What is kept at a target, a number per seed; NaN where it is not reached."""
     chosen = chosen_trials(lines(problem), method, PLANS[problem]).get(target)
     found = {
         line["seed"]: kept_at(line["curve"], target)
@@ -87,7 +87,7 @@ def of_seeds(problem: str, method: str, target: float) -> np.ndarray:
 
 
 def at_start(problem: str) -> np.ndarray:
-    """The old ability before fine-tuning, a number a seed."""
+    """The old ability before fine-tuning, a number per seed."""
     found = {line["seed"]: line["curve"][0][1] for line in trained(problem, "test")}
     return np.array([found.get(seed, np.nan) for seed in PLANS[problem].seeds])
 
@@ -99,7 +99,7 @@ def new_at_start(problem: str) -> float:
 
 
 def lost(problem: str, method: str, target: float) -> np.ndarray:
-    """What is lost of the old ability at a target, a number a seed."""
+    """What is lost of the old ability at a target, a number per seed."""
     return at_start(problem) - of_seeds(problem, method, target)
 
 

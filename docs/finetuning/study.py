@@ -112,7 +112,7 @@ def measured_fisher(
 
 
 def knowledge_of(problem: Problem, seed: int, cache: pathlib.Path) -> Knowledge:
-    """Pretrained weights and what matters in them, kept as one file a seed."""
+    """Pretrained weights and what matters in them, kept as one file per seed."""
     params = pretrained(problem, seed, cache)
     number = problem.seeds[seed]
     file = cache / f"knowledge-{problem.network}-{number}.npz"

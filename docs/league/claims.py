@@ -37,7 +37,7 @@ def few_seeds(comparisons: Sequence[np.ndarray], seeds: int = 3) -> Claims:
     """Every choice of a few seeds against the verdict of all.
 
     Args:
-      comparisons: the paired differences of each, one number a seed.
+      comparisons: the paired differences of each, one number per seed.
       seeds: how many a claim is made from.
     """
     wrong, missed, turned = [], [], []

@@ -71,7 +71,7 @@ def league(stream: str) -> str:
         "rank",
         "rank among free",
         f"against `{runs.named()}`",
-        "bytes a parameter",
+        "bytes per parameter",
         "boundary",
         "stored data",
     ]
@@ -90,8 +90,8 @@ def made(stream: str) -> str:
     seeds = ", ".join(map(str, sorted({len(o["seeds"]) for o in found})))
     return (
         f"*Made:* {period}, `{command}`, {devices}, classp-jax "
-        f"{versions['classp-jax']}, jax {versions['jax']}; {trials} trials a method on "
-        f"seed 1000, {seeds} reported seeds."
+        f"{versions['classp-jax']}, jax {versions['jax']}; {trials} trials per method "
+        f"on seed 1000, {seeds} reported seeds."
     )
 
 
@@ -161,7 +161,7 @@ def form(name: str) -> str:
 
 
 def best_rivals() -> str:
-    """The named form against the best method of each kind, a line a stream."""
+    """The named form against the best method of each kind, a line per stream."""
     kinds = {"free": "told nothing", "told": "told the boundary", "storing": "storing"}
     body = []
     for stream in runs.streams():
@@ -197,7 +197,7 @@ def missing(stream: str) -> str:
 
 
 def three_seeds() -> str:
-    """How wrong claims from three seeds are, a line a stream."""
+    """How wrong claims from three seeds are, a line per stream."""
     body = []
     for stream in runs.wide():
         own = runs.percent(stream, runs.named())
@@ -267,7 +267,7 @@ def has_option(stream: str, option: str) -> bool:
 
 
 def brake_on_adam() -> str:
-    """The brake on Adam against Adam, and Adam against SGD, a line a stream."""
+    """The brake on Adam against Adam, and Adam against SGD, a line per stream."""
     pairs = [("protect-adam", "adam"), ("adam", "sgd")]
     found = [differences(*pair) for pair in pairs]
     body = [

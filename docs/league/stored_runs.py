@@ -46,7 +46,7 @@ def is_free(found: dict[str, Any]) -> bool:
 
 
 def percent(stream: str, method: str, key: str = "") -> np.ndarray:
-    """One number a seed, in %; NaN for a seed that diverged.
+    """One number per seed, in %; NaN for a seed that diverged.
 
     Args:
       stream: its name.

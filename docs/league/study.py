@@ -467,7 +467,7 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def collect(name: str) -> None:
-    """Adds what the page needs of a stream's results: a few numbers a run.
+    """Adds what the page needs of a stream's results: a few numbers per run.
 
     They lie in the stream's folder and in those below it, each with its own trials.
     """
@@ -509,7 +509,7 @@ def collect(name: str) -> None:
 
 
 def _numbers(runs: Sequence[Any]) -> dict[str, Any]:
-    """What the page needs of a method's runs, one a seed."""
+    """What the page needs of a method's runs, one per seed."""
     each = [measures(run.matrix) for run in runs]
     ends = {
         "average": [float(np.mean(run.matrix[-1])) for run in runs],

@@ -102,7 +102,7 @@ def made(*names: str) -> str:
 
 
 def of(name: str, method: str) -> list[Run]:
-    """A method's runs, one a seed."""
+    """A method's runs, one per seed."""
     runs = [run for run in results(name).runs if run.method == method]
     if not runs:
         raise KeyError(f"{name} has no {method}")
@@ -110,7 +110,7 @@ def of(name: str, method: str) -> list[Run]:
 
 
 def values(name: str, method: str, what: str | int = "average") -> np.ndarray:
-    """One number a seed, in %: the average, or a task's accuracy, at the end.
+    """One number per seed, in %: the average, or a task's accuracy, at the end.
 
     NaN for a seed that diverged.
     """
@@ -277,7 +277,7 @@ def published() -> str:
 
 
 def as_scripts(method: str, what: str | int) -> np.ndarray:
-    """Accuracy on the training sets under dropout, in %, one number a seed."""
+    """Accuracy on the training sets under dropout, in %, one number per seed."""
     scores = [run.training_accuracy for run in of("mnist-fashion-published", method)]
     chosen = [np.mean(s) if what == "average" else s[int(what)] for s in scores]
     return 100 * np.array(chosen)

@@ -45,7 +45,7 @@ BUCKETS = ((0.0, 1e-4), (1e-4, 1e-2), (1e-2, 0.3), (0.3, np.inf))
 
 @functools.cache
 def study(stream: str) -> dict[str, dict[str, Any]]:
-    """What ``study.py`` found on a stream, by variant: accuracies are one a seed."""
+    """What ``study.py`` found on a stream, by variant: accuracies are one per seed."""
     folder = f"study-{stream}"
     stored = load(FOLDER / folder).runs
     found: dict[str, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ def variant(stream: str, name: str, key: str = "average") -> str:
 
 
 def variant_values(stream: str, name: str, key: str = "average") -> np.ndarray:
-    """One number a seed, in %; of the trials, the best one."""
+    """One number per seed, in %; of the trials, the best one."""
     return 100 * np.atleast_1d(study(stream)[name][key])
 
 

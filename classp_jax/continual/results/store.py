@@ -103,7 +103,7 @@ def find(folder: str | os.PathLike[str]) -> Results | None:
 
 
 def _encode(results: Results) -> bytes:
-    """One line a field and one a run, so that the file can be read and compared."""
+    """One line per field and one per run, so that the file can be read and compared."""
     head = {
         "file": _SIGNATURE,
         "format": FORMAT,

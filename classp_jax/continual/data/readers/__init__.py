@@ -14,7 +14,7 @@ SOURCES: dict[str, str] = {
     "digits": "1,797 handwritten digits of 8 x 8 pixels, embedded in scikit-learn",
     "tfds:NAME": "a prepared image or text classification set of TensorFlow Datasets",
     "npz:PATH": "a NumPy file with the arrays x_train, y_train, x_test and y_test",
-    "tsv:PATH": "texts in a UTF-8 file, one a line: label, tab, text",
+    "tsv:PATH": "texts in a UTF-8 file, one per line: label, tab, text",
 }
 """What :func:`read_source` takes, with one line each."""
 

@@ -11,7 +11,7 @@ from classp_jax.continual.errors import DataError
 
 
 def read_tsv(path_text: str) -> Source:
-    """The texts of a UTF-8 file, one a line: label, tab, text; no header row.
+    """The texts of a UTF-8 file, one per line: label, tab, text; no header row.
 
     Of texts that occur more than once the first line counts, whatever the labels of the
     others. Labels are numbered in the order of their names.

@@ -8,6 +8,22 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+METHODS_ON_SGD = (
+    "sgd",
+    "sgd-decay",
+    "l2-init",
+    "shrink-and-perturb",
+    "streaming-ewc",
+    "streaming-mas",
+    "ewc",
+    "online-ewc",
+    "implicit-ewc",
+    "si",
+    "mas",
+    "lwf",
+    "replay",
+    "joint",
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +115,27 @@ def test_one_setting_is_chosen_on_the_other_streams(fake):
     assert (score, lost) == (20.0, pytest.approx(50))
 
 
+def test_the_loss_is_to_the_best_of_all_trials_of_a_stream(fake):
+    # One stream has a trial more than the settings that both have.
+    files = {s: fake.runs.methods(s)["classp"] for s in fake.runs.streams()}
+    more = files["permuted-digits"]
+    more["candidates"] = [*more["candidates"], {"learning_rate": 5.0}]
+    more["scores"] = [*more["scores"], 0.95]
+    setting, score, lost = fake.without_tuning.untuned("classp")["permuted-digits"]
+    assert (setting["learning_rate"], score) == (0.1, 60.0)
+    assert lost == pytest.approx(35)
+
+
+def test_the_form_is_chosen_on_the_other_streams_too(fake, monkeypatch):
+    without = fake.without_tuning
+    monkeypatch.setattr(without, "FORMS", ("classp", "classp-leaf"))
+    # classp-leaf's second setting is best on the second stream, classp's third on the
+    # first; neither is on the other one.
+    chosen, mean = without.form_and_setting_without()
+    assert chosen == ["classp-leaf", "classp"]
+    assert mean == pytest.approx((60 + 20) / 2)
+
+
 def test_the_setting_that_loses_least_over_all_streams(fake):
     names = ["permuted-digits", "split-digits-class"]
     setting, scores = fake.without_tuning.shared_setting("classp", names)
@@ -124,6 +161,27 @@ def test_the_page_s_words_hold(league):
     assert runs.difference("sentiment", *ranked[:2]).word == "ahead"
     for form in ("classp", "protect-adam", "protect-rmsprop"):
         assert runs.percent("streaming-digits", form, "0 back").mean() < 30
+    gains = {
+        (option, method): runs.difference(
+            "split-digits-class", f"{option}+{method}", method
+        ).mean
+        for option in ("labels-trick", "hard-ash", "running-moments")
+        for method in ("sgd", "adagrad", "adam")
+    }
+    best = {m: max((gains[k], k[0]) for k in gains if k[1] == m)[1] for _, m in gains}
+    assert best == {
+        "sgd": "labels-trick",
+        "adagrad": "running-moments",
+        "adam": "running-moments",
+    }
+    # Always the class that is the most frequent one gives this on test data.
+    same_answer = runs.percent("sentiment", "sgd-decay")
+    np.testing.assert_allclose(same_answer, 54.68, atol=0.01)
+    on_sgd = [m for m in METHODS_ON_SGD if m not in ("joint", "replay")]
+    assert all(runs.percent("sentiment", m).mean() < 56 for m in on_sgd)
+    for tuned in (s for s in runs.streams() if league.PROTOCOLS[s].tuning):
+        assert league.PROTOCOLS[tuned].tuned_on in league.made(tuned)
+        assert league.PROTOCOLS[tuned].tuned_on
 
 
 def test_readme_says_how_often_it_leads(league):

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation as an implicit step, which cannot diverge."""
+"""Elastic weight consolidation as an implicit step, stable at any strength."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ def implicit_ewc(
 
     which for :math:`u = -\alpha g` is :math:`(w - \alpha g + \alpha \lambda S m) /
     (1 + \alpha \lambda S)`: a weighted mean of where the optimizer leads and of the
-    anchor.
+    anchor. The step cannot overshoot the anchor; what the optimizer does may still
+    diverge, at too large a learning rate.
 
     Args:
       strength: :math:`\kappa \ge 0`, the learning rate times EWC's strength; a number,

@@ -78,6 +78,10 @@ def l2_to_anchor(
       [1. 0.]
 
     References:
+      Kumar, Marklund and Van Roy, `Maintaining Plasticity in Continual Learning via
+      Regenerative Regularization <https://arxiv.org/abs/2308.11958>`_, 2023, on the
+      pull to the initial weights alone (L2 Init), twice as strong at the same number
+
       Bonnet et al., `Bayesian continual learning and forgetting in neural networks
       <https://arxiv.org/abs/2504.13569>`_, 2025
 

@@ -88,10 +88,11 @@ def made(stream: str) -> str:
     versions = found[0]["versions"]
     trials = ", ".join(map(str, sorted({len(o["scores"]) for o in found})))
     seeds = ", ".join(map(str, sorted({len(o["seeds"]) for o in found})))
+    smaller = PROTOCOLS[stream].tuned_on
     return (
         f"*Made:* {period}, `{command}`, {devices}, classp-jax "
         f"{versions['classp-jax']}, jax {versions['jax']}; {trials} trials per method "
-        f"on seed 1000, {seeds} reported seeds."
+        f"on seed 1000{smaller and f' with {smaller}'}, {seeds} reported seeds."
     )
 
 
@@ -282,7 +283,7 @@ def remedies() -> str:
     among = [s for s in runs.wide() if all(runs.has(s, r) for r in REMEDIES)]
     body = []
     for method in (*REMEDIES, runs.named(), "protect-adam", "adam"):
-        own = without_tuning.trial_scores(method, among).max(axis=1)
+        own = [100 * runs.best_scores(stream)[method] for stream in among]
         _, shared = without_tuning.shared_setting(method, among)
         cells = [f"{a:.1f} ({b:.1f})" for a, b in zip(shared, own, strict=True)]
         body.append([f"`{method}`", *cells])
@@ -294,8 +295,9 @@ def start_without_tuning() -> str:
     form = without_tuning.best_shared_form()
     found, _ = without_tuning.shared_setting(form, runs.wide())
     rate = f"{found['learning_rate']:.1g}"
-    if form == "classp-mean":
-        rate = f"lambda step: {rate} * (1.0 + step)"
+    if form in REMEDIES:
+        power = "" if form == "classp-mean" else " ** 0.5"
+        rate = f"lambda step: {rate} * (1.0 + step){power}"
     words = [f"{k}={found[k]:.1g}" for k in ("eps", "prior") if k in found]
     if "eps" not in found:
         words.append("eps=0.0")
@@ -474,6 +476,17 @@ def beside_published() -> str:
         body.append(cells)
     header = [part for name in SCENARIOS for part in (f"{name}, published", "here")]
     return runs.table(["Method", *header], body)
+
+
+def chosen(stream: str, method: str, setting: str) -> str:
+    """The value of a setting with which a method ran."""
+    return f"{runs.methods(stream)[method]['settings'][setting]:g}"
+
+
+def lowest(stream: str, method: str, setting: str) -> str:
+    """The smallest value of a setting among a method's trials."""
+    found = runs.methods(stream)[method]["candidates"]
+    return f"{min(one[setting] for one in found):g}"
 
 
 def not_run() -> str:

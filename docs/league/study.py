@@ -38,6 +38,8 @@ class Protocol(NamedTuple):
     model: str = "mlp"
     tuning: Any = None
     """``tuning(data_dir)``: a smaller stream to tune on; None: the same."""
+    tuned_on: str = ""
+    """What that smaller stream has, in words for the page."""
     trials: int = 40
     seeds: int = 10
     seconds: float = 0.0
@@ -65,6 +67,7 @@ def _split_mnist(scenario: str) -> Protocol:
         {"hidden": (400, 400)},
         {"epochs": 4, "batch_size": 128},
         tuning=functools.partial(make, max_train=3000),
+        tuned_on="3,000 training examples per task instead of all",
         trials=10,
         seconds=15,
     )
@@ -129,6 +132,7 @@ PROTOCOLS = {
         {"hidden": (128, 128)},
         {"epochs": 1, "batch_size": 16, "max_test": 100},
         tuning=lambda _: continual.permuted("digits", tasks=60),
+        tuned_on="60 tasks instead of 200",
         trials=20,
         seeds=5,
         seconds=3,

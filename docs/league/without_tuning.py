@@ -24,9 +24,17 @@ def common(method: str, among: Sequence[str] | None = None) -> list[dict[str, fl
 
 
 def trial_scores(method: str, among: Sequence[str]) -> np.ndarray:
-    """Of the candidates that these streams have in common, in %, a row a stream."""
+    """Of the candidates that these streams have in common, in %, a row per stream."""
     count = len(common(method, among))
     return 100 * np.array([runs.methods(s)[method]["scores"][:count] for s in among])
+
+
+def _best(method: str, among: Sequence[str]) -> np.ndarray:
+    """The best of all trials that a method had on each stream, in %, a row per stream.
+
+    Some streams had more trials than these have in common.
+    """
+    return 100 * np.array([[max(runs.methods(s)[method]["scores"])] for s in among])
 
 
 def untuned(
@@ -39,7 +47,7 @@ def untuned(
     """
     among = runs.streams() if among is None else list(among)
     candidates, scores = common(method, among), trial_scores(method, among)
-    lost = scores.max(axis=1, keepdims=True) - scores
+    lost = _best(method, among) - scores
     found = {}
     for k, stream in enumerate(among):
         chosen = int(np.argmin(np.delete(lost, k, axis=0).mean(axis=0)))
@@ -53,8 +61,7 @@ def shared_setting(
 ) -> tuple[dict[str, float], np.ndarray]:
     """The one setting that loses least over all of these streams, and its scores."""
     scores = trial_scores(method, among)
-    lost = scores.max(axis=1, keepdims=True) - scores
-    chosen = int(np.argmin(lost.mean(axis=0)))
+    chosen = int(np.argmin((_best(method, among) - scores).mean(axis=0)))
     return common(method, among)[chosen], scores[:, chosen]
 
 
@@ -81,7 +88,7 @@ def one_setting(among: Sequence[str]) -> str:
             f"{score:.1f} (-{lost:.1f})" for _, score, lost in rows[method].values()
         ]
         _, scores = shared_setting(method, among)
-        least = np.mean(trial_scores(method, among).max(axis=1) - scores)
+        least = np.mean(_best(method, among)[:, 0] - scores)
         name = f"**`{method}`**" if method in FORMS else f"`{method}`"
         body.append(
             [
@@ -109,6 +116,26 @@ def everywhere(method: str, among: Sequence[str]) -> str:
 def best_untuned_form() -> str:
     """The form of CLASSP that does best with settings chosen on other streams."""
     return max(FORMS, key=lambda form: _means(untuned(form, runs.wide())))
+
+
+def form_and_setting_without() -> tuple[list[str], float]:
+    """The forms that are best on the other streams, and the mean on those left out.
+
+    For each stream both form and setting are chosen on the other ones alone.
+    """
+    among = runs.wide()
+    chosen, scores = [], []
+    for k in range(len(among)):
+        found = {}
+        for form in FORMS:
+            own = trial_scores(form, among)
+            others = np.delete(own, k, axis=0).mean(axis=0)
+            setting = int(np.argmax(others))
+            found[form] = others[setting], own[k, setting]
+        best = max(found, key=lambda form: found[form][0])
+        chosen.append(best)
+        scores.append(found[best][1])
+    return list(dict.fromkeys(chosen)), float(np.mean(scores))
 
 
 def best_shared_form() -> str:

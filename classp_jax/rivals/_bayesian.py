@@ -45,15 +45,19 @@ def bayesian_gradient_descent(
     :func:`value_and_expected_gradients`, times :math:`c`:
 
     .. math::
-      \mu &\leftarrow \mu - \sigma^2 a - \frac{\sigma^2}{N \sigma_0^2}\, \mu \\
+      \mu &\leftarrow \mu - \sigma^2 a \\
       \sigma &\leftarrow \sigma \sqrt{1 + \bigl(\tfrac12 \sigma b\bigr)^2}
         - \tfrac12 \sigma^2 b
+
+    That is Bayesian gradient descent. With a window it is MESU, which forgets: both are
+    led back to the prior :math:`N(0, \sigma_0^2)` over N steps,
+
+    .. math::
+      \mu &\leftarrow \mu - \sigma^2 a - \frac{\sigma^2}{N \sigma_0^2}\, \mu \\
+      \sigma &\leftarrow \sigma - \tfrac12 \sigma^2 b
         + \frac{\sigma}{2 N \sigma_0^2} (\sigma_0^2 - \sigma^2)
 
-    Without a window (:math:`N = \infty`) this is Bayesian gradient descent. The terms
-    with :math:`N` are those of MESU, which forgets: they lead back to the prior
-    :math:`N(0, \sigma_0^2)` over N steps. (MESU takes the middle of the last line to
-    first order, :math:`\sigma - \sigma^2 b / 2`, which may become negative.)
+    where a large step may make :math:`\sigma` negative; only its size means anything.
 
     Args:
       evidence: :math:`c > 0`, for how many examples a batch counts. For a loss that is
@@ -117,23 +121,23 @@ def bayesian_gradient_descent(
 
         def forgetting(s: jax.Array) -> Any:
             """``1 / (N sigma_0^2)``."""
-            if window is None:
-                return 0.0
             memory = cast(at_step(window, state.count), s.dtype)
             return 1 / (memory * cast(prior, s.dtype) ** 2)
 
         def mean_step(a: jax.Array, m: jax.Array, s: jax.Array) -> jax.Array:
             wide = cast(evidence, s.dtype) * a.astype(s.dtype)
-            back = forgetting(s) * m.astype(s.dtype)
-            return (-s * s * (wide + back)).astype(a.dtype)
+            if window is not None:
+                wide += forgetting(s) * m.astype(s.dtype)
+            return (-s * s * wide).astype(a.dtype)
 
         def deviation_after(b: jax.Array, s: jax.Array) -> jax.Array:
             half = 0.5 * s * cast(evidence, s.dtype) * b.astype(s.dtype)
+            if window is not None:
+                p = cast(prior, s.dtype)
+                return s - s * half + 0.5 * s * forgetting(s) * (p * p - s * s)
             # sqrt(1 + h^2) - h, which loses all digits for large h as a difference.
             root = jnp.sqrt(1 + half * half)
-            narrowed = jnp.where(half > 0, 1 / (root + jnp.abs(half)), root - half)
-            p = cast(prior, s.dtype)
-            return s * narrowed + 0.5 * s * forgetting(s) * (p * p - s * s)
+            return s * jnp.where(half > 0, 1 / (root + jnp.abs(half)), root - half)
 
         steps = jax.tree.map(mean_step, of_mean, params, state.deviation)
         after = jax.tree.map(deviation_after, of_deviation, state.deviation)

@@ -270,3 +270,23 @@ def test_reservoir_holds_a_uniform_sample():
     counts = np.bincount(kept.ravel(), minlength=seen) / len(kept)
     # Each of 200 examples is kept with probability 1/10; 5 standard errors either way.
     assert np.all(np.abs(counts - size / seen) < 5 * np.sqrt(0.1 * 0.9 / 2000) + 0.005)
+
+
+def test_mas_measures_the_outputs_of_the_task_that_ended():
+    """With an output per class, those that may not win have no part in it."""
+    stream = continual.split(
+        "digits", tasks=2, scenario="task-incremental", shuffle_classes=False
+    )
+    linear = (
+        lambda key: {"w": jnp.zeros((64, 10)) + 0.01},
+        lambda params, x: x.reshape(len(x), -1) @ params["w"],
+    )
+    results = continual.run(
+        stream, linear, ["mas"], seeds=[0], epochs=1, save_weights=True
+    )
+    (trained,) = results.params.values()
+    of_size = [a for a in jax.tree.leaves(trained.state) if np.shape(a) == (64, 10)]
+    importance = max(of_size, key=lambda a: np.count_nonzero(np.all(a == 0, axis=0)))
+    assert [bool(np.any(importance[:, c])) for c in range(10)] == [True] * 5 + [
+        False
+    ] * 5

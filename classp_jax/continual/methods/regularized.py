@@ -67,8 +67,7 @@ def _mas(settings: Mapping[str, Any], problem: Problem) -> Hooks:
         state: Any, end: TaskEnd, sample: Batch, key: jax.Array
     ) -> tuple[Any, TaskEnd]:
         del key
-        every = sample._replace(classes=jax.numpy.ones_like(sample.classes))
-        found = regularizers.mas_importance(problem.logits, end.params, every)
+        found = regularizers.mas_importance(problem.logits, end.params, sample)
         return regularizers.consolidate(state, end.params, fisher=found), end
 
     return hooks._replace(end_of_task=end_of_task)

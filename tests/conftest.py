@@ -40,7 +40,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """XLA makes slower code in a third of the time.
+    """XLA makes slower code in half the time.
 
     For files that train or check many forms, not those that count bytes or digits.
     """

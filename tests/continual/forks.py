@@ -27,7 +27,7 @@ if "forkserver" in _METHODS:
     )
 
 
-# XLA makes slower code in a third of the time, as the fixture quick_compilation does.
+# XLA makes slower code in half the time, as the fixture quick_compilation does.
 QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 _OUTPUT, _ERRORS = "output", "errors"
 

@@ -13,7 +13,7 @@ def train(optimizer):
     params = init_network()
     state = optimizer.init(params)
     for task in tasks:
-        for x, y in batches(task, passes=10):
+        for x, y in batches(task, passes=5):
             params, state = step(optimizer, params, state, x, y)
         # Unlike CLASSP, EWC has to be told when a task ends and what mattered in it.
         if regularizers.needs_fisher(state):

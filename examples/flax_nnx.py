@@ -35,7 +35,7 @@ def step(model, optimizer, x, y):
 
 old, new = permuted_digits(2)
 for task in (old, new):
-    for x, y in batches(task, passes=10):
+    for x, y in batches(task, passes=5):
         step(model, optimizer, x, y)
 
 for name, task in (("old", old), ("new", new)):

@@ -22,7 +22,7 @@ def train(optimizer):
     state = optimizer.init(params)
     for task in tasks:
         # Nothing tells the optimizer that a new task begins.
-        for x, y in batches(task, passes=10):
+        for x, y in batches(task, passes=5):
             params, state = step(params, state, x, y)
     return params, state
 

@@ -86,30 +86,36 @@ def accuracy(network, x, y):
 
 
 # %% [markdown]
-# The loop is the usual one. It is told nothing when the task changes: the optimizer
-# and its state just go on.
+# The loop is the usual one, compiled for a pass at a time and for all learning rates of
+# an optimizer. It is told nothing when the task changes: the optimizer and its state
+# just go on.
 
 
 # %%
 @functools.partial(jax.jit, static_argnums=0)
-def step(optimizer, network, state, x, y):
-    """One batch."""
-    gradient = jax.grad(loss)(network, x, y)
-    updates, state = optimizer.update(gradient, state, network)
-    return optax.apply_updates(network, updates), state
+def one_pass(make, rate, network, state, x, y):
+    """Batch after batch, with x [batch, image, pixel] and y [batch, image]."""
+    optimizer = make(rate)
+
+    def step(network_and_state, batch):
+        network, state = network_and_state
+        gradient = jax.grad(loss)(network, *batch)
+        updates, state = optimizer.update(gradient, state, network)
+        return (optax.apply_updates(network, updates), state), None
+
+    return jax.lax.scan(step, (network, state), (x, y))[0]
 
 
-def learn_in_turn(optimizer, tasks, measured_on, seed, passes=10):
+def learn_in_turn(make, rate, tasks, measured_on, seed, passes=10):
     """Learns task after task; accuracy on each after every pass, [passes, tasks]."""
     network = init_network(seed)
-    state = optimizer.init(network)
+    state = make(rate).init(network)
     rng = np.random.default_rng(seed)
     curve = []
     for x, y in tasks:
         for _ in range(passes):
-            order = rng.permutation(len(x))[: len(x) // 20 * 20]
-            for batch in order.reshape(-1, 20):
-                network, state = step(optimizer, network, state, x[batch], y[batch])
+            order = rng.permutation(len(x))[: len(x) // 20 * 20].reshape(-1, 20)
+            network, state = one_pass(make, rate, network, state, x[order], y[order])
             curve.append([float(accuracy(network, *data)) for data in measured_on])
     return np.array(curve)
 
@@ -130,10 +136,10 @@ tries = {
 chosen = {}
 for name, (make, rates) in tries.items():
     at_end = np.array(
-        [learn_in_turn(make(rate), tasks, validation, seed=100)[-1] for rate in rates]
+        [learn_in_turn(make, rate, tasks, validation, seed=100)[-1] for rate in rates]
     )
     best = at_end.mean(axis=1).argmax()
-    chosen[name] = make(rates[best])
+    chosen[name] = make, rates[best]
     for i, (first, second) in enumerate(at_end):
         mark = "  <- chosen" if i == best else ""
         print(f"{name:6} rate {rates[i]:<6g} {first:6.1%} and {second:6.1%}{mark}")
@@ -146,8 +152,8 @@ for name, (make, rates) in tries.items():
 
 # %%
 curves = {
-    name: np.array([learn_in_turn(optimizer, tasks, test, seed) for seed in range(3)])
-    for name, optimizer in chosen.items()
+    name: np.array([learn_in_turn(make, rate, tasks, test, seed) for seed in range(3)])
+    for name, (make, rate) in chosen.items()
 }  # [network, pass, task]
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
@@ -209,11 +215,11 @@ for name, (first, second) in at_end.items():
 # that the task has changed.
 
 # %%
-optimizer = chosen["CLASSP"]
+make, rate = chosen["CLASSP"]
 network = init_network(0)
-state = optimizer.init(network)
-for batch in np.arange(len(x) // 20 * 20).reshape(-1, 20):
-    network, state = step(optimizer, network, state, x[batch], y[batch])
+state = make(rate).init(network)
+order = np.arange(len(x) // 20 * 20).reshape(-1, 20)
+network, state = one_pass(make, rate, network, state, x[order], y[order])
 print("mean accumulator after one pass:", classp_jax.mean_accumulator(state))
 print("share of weights that never moved:", classp_jax.free_fraction(state))
 
@@ -236,8 +242,8 @@ def only(x, y, digits):
 halves = [only(x, y, range(5)), only(x, y, range(5, 10))]
 test_halves = [only(x_test, y_test, range(5)), only(x_test, y_test, range(5, 10))]
 halves_at_end = {}
-for name, optimizer in chosen.items():
-    halves_at_end[name] = learn_in_turn(optimizer, halves, test_halves, seed=0)[-1]
+for name, (make, rate) in chosen.items():
+    halves_at_end[name] = learn_in_turn(make, rate, halves, test_halves, seed=0)[-1]
     first, second = halves_at_end[name]
     print(f"{name:6} digits 0 to 4: {first:.1%}, digits 5 to 9: {second:.1%}")
 

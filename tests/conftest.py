@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 import types
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -29,6 +30,11 @@ if (
 import jax
 import pytest
 
+# JAX has no public way to give options to all compilations of a while.
+from jax._src import compiler
+
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
@@ -38,8 +44,18 @@ def quick_compilation():
 
     For files that train or check many forms, not those that count bytes or digits.
     """
+    make_options = compiler.get_compile_options
+
+    def without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
+        options = make_options(*args, **kwargs)
+        overrides = options.env_option_overrides
+        options.env_option_overrides = [*overrides, (FUSION_EMITTERS, "False")]
+        return options
+
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(compiler, "get_compile_options", without_fusion_emitters)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

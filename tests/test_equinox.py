@@ -9,6 +9,8 @@ import pytest
 
 import classp_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(8, 2)), jnp.float32)
 TRANSFORMS = {

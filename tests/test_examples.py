@@ -10,6 +10,10 @@ import sys
 import jax
 import pytest
 
+from tests.continual import forks
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
@@ -122,7 +126,8 @@ def test_ewc(lines):
 
 
 def test_data_parallel(tmp_path):
-    (first, jit, pmap), log = in_its_own_process("data_parallel", tmp_path)
+    quick = {"XLA_FLAGS": forks.QUICK}
+    (first, jit, pmap), log = in_its_own_process("data_parallel", tmp_path, **quick)
     assert not log
     assert first.startswith("8 devices")
     assert percents(first)[0] > 85

@@ -1,5 +1,6 @@
 """The code of the guides runs, from top to bottom, in one namespace a page."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import classp_jax
+from tests.continual import forks
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -25,6 +27,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: pathlib.Path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
         cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": forks.QUICK},
         capture_output=True,
         text=True,
         check=False,

@@ -15,6 +15,8 @@ import classp_jax
 GradientTransformation: Any = optax.GradientTransformation
 ExtraArgs: Any = optax.GradientTransformationExtraArgs
 fill: Any = classp_jax.accumulate_importance
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 12
 PARAMS = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
 

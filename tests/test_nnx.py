@@ -15,6 +15,8 @@ from flax.training.train_state import TrainState
 import classp_jax
 from classp_jax import regularizers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(8, 2)), jnp.float32)
 TX: Any = optax.chain(

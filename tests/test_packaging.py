@@ -11,6 +11,8 @@ import zipfile
 
 import pytest
 
+from tests.continual import forks
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -110,7 +112,7 @@ def test_installed_from_the_wheel_it_works_from_another_folder(built, tmp_path):
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=elsewhere,
-            env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": ""},
+            env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": forks.QUICK},
             capture_output=True,
             text=True,
             check=False,

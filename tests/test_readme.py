@@ -1,9 +1,12 @@
 """README: its examples run, its commands are what CI runs, its links lead somewhere."""
 
+import os
 import pathlib
 import re
 import subprocess
 import sys
+
+from tests.continual import forks
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,6 +17,7 @@ def run(code, folder):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=folder,
+        env={**os.environ, "XLA_FLAGS": forks.QUICK},
         capture_output=True,
         text=True,
         check=False,

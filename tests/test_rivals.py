@@ -12,6 +12,8 @@ import torch
 from classp_jax import regularizers, rivals
 from classp_jax.rivals._noise import noise_like
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Three tasks with losses 1/2 sum A_k (w - B_k)^2, so that an error shows in all later
 # steps.
 TASKS, STEPS, SIZE = 3, 12, 7

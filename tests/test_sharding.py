@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import classp_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEVICES = 8
 STEPS = 6
 OPTIMIZERS = {

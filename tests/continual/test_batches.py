@@ -11,6 +11,7 @@ import pytest
 
 from classp_jax import continual
 from classp_jax.continual.train import feed
+from tests.continual import forks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -118,7 +119,8 @@ def test_only_a_few_blocks_are_read_ahead(monkeypatch):
     assert max(ahead) <= 3
 
 
-def test_memory_is_that_of_a_few_blocks_however_many_tasks_go_by(tmp_path):
+def test_memory_is_that_of_a_few_blocks_however_many_tasks_go_by(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", forks.QUICK)
     # It may grow by 47 MB where 189 MB go by.
     faults_devices.memory_of_batches(tmp_path, tasks=20, steps=80, block=2**20)
 

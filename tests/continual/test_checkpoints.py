@@ -246,11 +246,11 @@ assert continual.restore(sys.argv[1], tree).step == 2
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path):
     """Of many arrays that cannot be written none prints a traceback."""
-    command = [sys.executable, "-c", FULL, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    line = f"Cannot write the checkpoint {tmp_path}/2: File too large."
-    assert done.stdout.splitlines() == [line] * 5
+    place = tmp_path / "made"
+    child = forks.Fork(FULL, [str(place)], tmp_path / "printed")
+    assert (child.wait(300), child.errors()) == (0, "")
+    line = f"Cannot write the checkpoint {place}/2: File too large."
+    assert child.output().splitlines() == [line] * 5
 
 
 def test_what_could_not_be_written_is_told_once(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from classp_jax.continual import cli, report, results
 from classp_jax.continual.train.provenance import device_name
 from tests.continual import forks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MINE = """
 import optax
 from flax import nnx
@@ -79,8 +81,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "mine.py").write_text(MINE)
     # It keeps compiled code where a user's would.
-    own = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    inherited = {**os.environ, "XLA_FLAGS": forks.QUICK}
+    inherited.pop("JAX_COMPILATION_CACHE_DIR", None)
     arguments = [
         "run",
         *SMALL,

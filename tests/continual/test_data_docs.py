@@ -4,8 +4,11 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
 from classp_jax.continual.data.streams import StreamMaker
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "experiments.md"
 

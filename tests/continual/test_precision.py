@@ -10,6 +10,8 @@ import pytest
 import classp_jax
 from classp_jax import continual
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FEATURES, CLASSES, STEPS, BATCH = 6, 3, 12, 8
 START = 0.3 * np.random.default_rng(9).normal(size=(FEATURES, CLASSES))
 SETTINGS: Any = {"learning_rate": 0.1, "eps": 0.05, "threshold": 1e-4, "power": 1.5}

@@ -43,7 +43,9 @@ def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
     runs, common = league.runs, league.without_tuning.common
     for stream in runs.streams():
         found = runs.methods(stream)
-        assert len({len(one["scores"]) for one in found.values()} - {1}) == 1
+        protocol = league.PROTOCOLS[stream]
+        counts = {len(one["scores"]) for one in found.values()} - {1}
+        assert counts - {protocol.trials} == ({10} if protocol.first_look else set())
         assert {tuple(one["seeds"]) for one in found.values()} == {
             tuple(range(league.PROTOCOLS[stream].seeds))
         }
@@ -53,7 +55,7 @@ def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
             chosen = one["candidates"].index(one["settings"])
             assert one["scores"][chosen] == max(one["scores"]), name
             assert common(name) or not all(
-                name in runs.methods(other) for other in runs.streams()
+                name in runs.methods(other) for other in runs.wide()
             )
 
 
@@ -88,9 +90,20 @@ def fake(league, monkeypatch):
     monkeypatch.setattr(league.runs, "streams", lambda: list(files))
     monkeypatch.setattr(league.runs, "methods", files.__getitem__)
     monkeypatch.setattr(league.runs, "METHODS", tuple(files["permuted-digits"]))
+    protocols = {s: league.PROTOCOLS[s]._replace(trials=3) for s in files}
+    monkeypatch.setattr(league.runs, "PROTOCOLS", protocols)
     league.runs.named.cache_clear()
     yield league
     league.runs.named.cache_clear()
+
+
+def test_methods_with_fewer_trials_are_shown_and_not_compared(fake):
+    runs = fake.runs
+    found = runs.methods("permuted-digits")
+    found["classp-leaf"] = _fake([0.7, 0.6], [0.9, 0.95, 0.9])
+    assert runs.ranked("permuted-digits", free=True) == ["classp", "sgd"]
+    assert "classp-leaf" not in fake.form("classp-leaf")
+    assert fake.differences("classp-leaf", "sgd").keys() == {"split-digits-class"}
 
 
 def test_ranks_and_differences(fake):
@@ -186,7 +199,7 @@ def test_the_page_s_words_hold(league):
 
 def test_readme_says_how_often_it_leads(league):
     runs = league.runs
-    streams = [s for s in runs.streams() if runs.has(s, runs.named())]
+    streams = runs.wide()
     words = "no, one, two, three, four, five, six, seven, eight, nine, ten, eleven"
     numbers = words.split(", ")
     count = numbers[sum(map(league.leads, streams))]

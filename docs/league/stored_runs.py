@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from study import FORMS, METHODS, PROTOCOLS, REMEDIES
+from study import FORMS, METHODS, ON_ADAGRAD, PROTOCOLS, REMEDIES
 from study import stored as read
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
@@ -34,14 +34,22 @@ def has(stream: str, method: str) -> bool:
     return method in methods(stream)
 
 
+def compared(stream: str, method: str) -> bool:
+    """Whether a method was run on a stream after as many trials as the others."""
+    if not has(stream, method):
+        return False
+    return len(methods(stream)[method]["scores"]) >= PROTOCOLS[stream].trials
+
+
 def wide() -> list[str]:
     """The streams that every method was run on, remedies aside."""
     wanted = [m for m in METHODS if m not in REMEDIES]
     return [stream for stream in streams() if all(has(stream, m) for m in wanted)]
 
 
-def is_free(found: dict[str, Any]) -> bool:
+def is_free(stream: str, method: str) -> bool:
     """Whether a method is told no boundary and stores no data."""
+    found = methods(stream)[method]
     return not (found["task_boundary_known"] or found["stored_data"])
 
 
@@ -82,13 +90,17 @@ def named(among: Sequence[str] | None = None) -> str:
     By a rule that looks at no test data: the mean of its best trial over some streams,
     by default those that all were run on. A remedy, which was not, cannot be it.
     """
-    among = wide() if among is None else among
-    found = {
-        form: np.mean([best_scores(stream)[form] for stream in among])
+    found = form_scores(wide() if among is None else among)
+    return max(found, key=lambda form: found[form])
+
+
+def form_scores(among: Sequence[str]) -> dict[str, float]:
+    """The mean of each form's best trial over some streams, on validation data."""
+    return {
+        form: float(np.mean([best_scores(stream)[form] for stream in among]))
         for form in FORMS
         if form in METHODS and form not in REMEDIES
     }
-    return max(found, key=lambda form: found[form])
 
 
 def named_first() -> str:
@@ -127,17 +139,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ranked(stream: str, *, free: bool = False) -> list[str]:
-    """The methods by mean test accuracy, those that diverged last.
+    """The methods that are compared, by mean test accuracy; those that diverged last.
 
     Args:
       stream: its name.
       free: leave out those that are told a boundary or store data.
     """
+    chosen = [m for m in methods(stream) if compared(stream, m)]
+    return by_accuracy(stream, [m for m in chosen if not free or is_free(stream, m)])
+
+
+def by_accuracy(stream: str, chosen: Sequence[str]) -> list[str]:
+    """Methods, but for those with an option, by mean test accuracy."""
 
     def key(name: str) -> float:
         numbers = percent(stream, name)
         return math.inf if np.isnan(numbers).any() else -float(numbers.mean())
 
-    found = methods(stream)
-    chosen = [m for m in found if "+" not in m and (not free or is_free(found[m]))]
-    return sorted(chosen, key=key)
+    plain = [m for m in chosen if "+" not in m or m in ON_ADAGRAD]
+    return sorted(plain, key=key)

@@ -13,8 +13,11 @@ def with_free_trials(among: Sequence[str]) -> list[str]:
 
 
 def common(method: str, among: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """The candidates that a method was given on every stream; empty if none were."""
-    among = runs.streams() if among is None else among
+    """The candidates that a method was given on some streams; empty if none were.
+
+    By default on those that all methods were run on.
+    """
+    among = runs.wide() if among is None else among
     if not among or any(method not in runs.methods(stream) for stream in among):
         return []
     found = [runs.methods(stream)[method]["candidates"] for stream in among]
@@ -45,7 +48,7 @@ def untuned(
     The setting is the one whose scores on the other streams lie least below the best
     of this method there, in the mean. All scores are on validation data.
     """
-    among = runs.streams() if among is None else list(among)
+    among = runs.wide() if among is None else list(among)
     candidates, scores = common(method, among), trial_scores(method, among)
     lost = _best(method, among) - scores
     found = {}
@@ -115,7 +118,7 @@ def everywhere(method: str, among: Sequence[str]) -> str:
 
 def best_untuned_form() -> str:
     """The form of CLASSP that does best with settings chosen on other streams."""
-    return max(FORMS, key=lambda form: _means(untuned(form, runs.wide())))
+    return max(FORMS, key=lambda form: _means(untuned(form)))
 
 
 def form_and_setting_without() -> tuple[list[str], float]:
@@ -149,10 +152,10 @@ def _means(found: dict[str, tuple[dict[str, float], float, float]]) -> float:
 
 def lost(method: str) -> str:
     """The points that a method loses without tuning, the mean over streams."""
-    found = untuned(method, runs.wide())
+    found = untuned(method)
     return f"{np.mean([points for _, _, points in found.values()]):.0f}"
 
 
 def score_without(method: str) -> str:
     """The accuracy of a method without tuning, the mean over streams."""
-    return f"{_means(untuned(method, runs.wide())):.1f}"
+    return f"{_means(untuned(method)):.1f}"

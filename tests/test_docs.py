@@ -194,6 +194,7 @@ def test_the_paper_s_numbers_in_words_hold(paper):
         "phrasebank-imdb": 8,
         "mnist-fashion-mlp": 20,
         "permuted-mnist": 20,
+        "split-mnist-task": 20,
         "split-mnist-class": 20,
     }
     assert budgets.keys() == paper.TUNED.keys()

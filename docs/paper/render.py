@@ -45,6 +45,7 @@ TUNED = {
     "phrasebank-imdb": "sentiment",
     "mnist-fashion-mlp": "vision with the MLP",
     "permuted-mnist": "permuted",
+    "split-mnist-task": "split (task-incremental)",
     "split-mnist-class": "split (class-incremental)",
 }
 """The streams on which every method's settings were tuned."""

@@ -124,7 +124,9 @@ def best(stream: str, kind: str) -> str:
     chosen = {
         "free": lambda m: runs.is_free(stream, m) and m not in FORMS,
         "told": lambda m: (
-            found[m]["task_boundary_known"] and not found[m]["stored_data"]
+            found[m]["task_boundary_known"]
+            and not found[m]["stored_data"]
+            and m != "ewc+classp"
         ),
         "storing": lambda m: found[m]["stored_data"] and m != "joint",
     }[kind]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from study import FORMS, METHODS, ON_ADAGRAD, PROTOCOLS, REMEDIES
+from study import COMBINED, FORMS, METHODS, PROTOCOLS, REMEDIES
 from study import stored as read
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
@@ -156,5 +156,5 @@ def by_accuracy(stream: str, chosen: Sequence[str]) -> list[str]:
         numbers = percent(stream, name)
         return math.inf if np.isnan(numbers).any() else -float(numbers.mean())
 
-    plain = [m for m in chosen if "+" not in m or m in ON_ADAGRAD]
+    plain = [m for m in chosen if "+" not in m or m in COMBINED]
     return sorted(plain, key=key)

@@ -222,8 +222,11 @@ BOUNDARY_FREE = (
 BOUNDARY = ("ewc", "online-ewc", "implicit-ewc", "si", "mas", "lwf")
 STORED = ("replay", "joint")
 METHODS = (*FORMS, *BOUNDARY_FREE, *BOUNDARY, *STORED)
-ON_ADAGRAD = tuple(f"{m}+adagrad" for m in ("ewc", "online-ewc", "si", "mas", "lwf"))
-"""Those that are told the boundary, on AdaGrad in place of plain SGD."""
+COMBINED = (
+    *(f"{m}+adagrad" for m in ("ewc", "online-ewc", "si", "mas", "lwf")),
+    "ewc+classp",
+)
+"""Those that are told the boundary on another optimizer than plain SGD."""
 
 SMALL_STEPS = ("adam", "adamw", "classp-mean")
 """Those whose steps do not shrink with the gradients or with time."""
@@ -498,7 +501,7 @@ def collect(name: str) -> None:
             }
             if any(trial.measures for trial in trials):
                 methods[method]["measures"] = [trial.measures for trial in trials]
-    known = [m for m in (*METHODS, *ON_ADAGRAD) if m in methods]
+    known = [m for m in (*METHODS, *COMBINED) if m in methods]
     order = [*known, *sorted(set(methods) - set(known))]
     parts = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()]
     for key, chosen in (("methods", methods), ("plastic", plastic)):

@@ -56,7 +56,8 @@ def test_what_was_tuned_on_digits_holds_for_digits_alone():
     assert digits.data == Experiment().data
     assert options_of("run").settings == digits.settings
     assert options_of("run --epochs 3").settings == digits.settings
-    assert digits.settings["classp"]["eps"] < 1e-5
+    # Nothing like the library's default, 0.1.
+    assert digits.settings["classp"]["eps"] < 0.01
     for elsewhere in (
         "--model cnn",
         "--stream split",

@@ -503,6 +503,17 @@ def rule_scores() -> str:
     )
 
 
+def diverging(*names: str) -> str:
+    """The share of methods' trials that diverged, which score 0."""
+    found = {
+        name: np.concatenate([runs.methods(s)[name]["scores"] for s in runs.wide()])
+        for name in names
+    }
+    return ", ".join(
+        f"`{name}` {100 * np.mean(scores == 0):.0f} %" for name, scores in found.items()
+    )
+
+
 def not_run() -> str:
     """The protocols that have not been run, with their cost and command."""
     rows = []

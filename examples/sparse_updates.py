@@ -36,7 +36,7 @@ print("threshold by schedule")
 train(classp_jax.classp(learning_rate=0.1, threshold=growing, eps=0.01))
 
 # Nobody knows the scale of gradients in advance, and it falls as training goes on. A
-# density names the share of weights that shall move, and the mask finds the threshold.
+# density names the share of weights that may move, and the mask finds the threshold.
 # It takes the threshold's place in the chain that classp is.
 print("threshold by density, 10 %")
 train(

@@ -345,7 +345,7 @@ for power in POWERS:
 # much as with the threshold, at the highest too little moves to learn either task well.
 # That is one stream and one small network. What a good threshold is depends on the size
 # of the squared gradients, and so on the network, the loss and the batch size. Where
-# that is not known, `mask_to_density` takes the share of weights that shall move
+# that is not known, `mask_to_density` takes the share of weights that may move
 # instead.
 #
 # ## What the published class does instead

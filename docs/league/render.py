@@ -126,7 +126,7 @@ def best(stream: str, kind: str) -> str:
         "told": lambda m: (
             found[m]["task_boundary_known"]
             and not found[m]["stored_data"]
-            and m != "ewc+classp"
+            and m.split("+")[-1] not in FORMS
         ),
         "storing": lambda m: found[m]["stored_data"] and m != "joint",
     }[kind]
@@ -492,6 +492,11 @@ def beside_published() -> str:
         body.append(cells)
     header = [part for name in SCENARIOS for part in (f"{name}, published", "here")]
     return runs.table(["Method", *header], body)
+
+
+def setting(stream: str, method: str, name: str) -> str:
+    """The value of a setting with which a method ran."""
+    return f"{runs.methods(stream)[method]['settings'][name]:g}"
 
 
 def rule_scores() -> str:

@@ -296,7 +296,7 @@ def fixed(name: str) -> dict[str, float]:
 
 
 def measures(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Accuracy on the newest task and on those 5 and 20 back, as far as there are.
+    """Accuracy on the newest task and on those 5 and 20 back, if the stream has them.
 
     ``recent`` is the mean of these. Each is a mean over the ends of the last ten tasks.
     """

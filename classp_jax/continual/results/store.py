@@ -29,9 +29,9 @@ _SIGNATURE = "classp-jax results"
 def save(results: Results, folder: str | os.PathLike[str]) -> Results:
     """Adds runs to a folder; see :meth:`Results.save`.
 
-    The folder is locked, read, added to and replaced in one step, so that a crash, a
-    full disk or Ctrl-C leaves what was there before. NaN is stored as null; other
-    floats come back bit for bit.
+    The folder is locked, read, added to and replaced in one step, so that after a
+    crash, a full disk or Ctrl-C the old file is still there. NaN is stored as null;
+    other floats come back bit for bit.
 
     Example:
       >>> import tempfile

@@ -25,12 +25,16 @@ class Job(NamedTuple):
 
     @classmethod
     def of(
-        cls, name: str, method: Method, settings: Mapping[str, Any], all_: Experiment
+        cls,
+        name: str,
+        method: Method,
+        settings: Mapping[str, Any],
+        experiment: Experiment,
     ) -> Job:
         """The job of every seed of an experiment."""
-        found = fingerprint_of(all_, method)
+        found = fingerprint_of(experiment, method)
         known_by = {**settings, "transformation": found} if found else dict(settings)
-        return cls(name, method, settings, known_by, all_)
+        return cls(name, method, settings, known_by, experiment)
 
     @property
     def seeds(self) -> list[int]:

@@ -164,17 +164,10 @@ def run(
     results = kept.begin(results)
     if announce is not None:
         announce(cost.describe())
-    keepers = {
-        job.name: Keeper(
-            folder_of(folder, job.name),
-            {"settings": job.known_by, "configuration": configuration},
-            every=checkpoint_every,
-            resume=resume,
-        )
-        for job in jobs
-        if folder is not None and keeping
-    }
-    _check(keepers, jobs, experiment)
+    keepers = {}
+    if folder is not None and keeping:
+        keepers = _keepers(jobs, folder, configuration, checkpoint_every, resume)
+        _check(keepers, jobs, experiment)
     _compile([job for job in jobs if job.seeds], experiment)
     for job in jobs:
         # Another process may have added it meanwhile.
@@ -201,13 +194,32 @@ def run(
     return kept.with_stored_weights(results, every_job)
 
 
+def _keepers(
+    jobs: Sequence[Job],
+    folder: str | os.PathLike[str],
+    configuration: Mapping[str, Any],
+    every: int | None,
+    resume: bool,
+) -> dict[str, Keeper]:
+    """What saves the runs of each job while they train."""
+    return {
+        job.name: Keeper(
+            folder_of(folder, job.name),
+            {"settings": job.known_by, "configuration": configuration},
+            every=every,
+            resume=resume,
+        )
+        for job in jobs
+    }
+
+
 def _check(
     keepers: Mapping[str, Keeper], jobs: Sequence[Job], experiment: Experiment
 ) -> None:
     """Refuses checkpoints of other runs, and removes those of runs that are stored."""
 
     def check() -> str:
-        for job in jobs if keepers and is_first() else ():
+        for job in jobs if is_first() else ():
             if job.seeds:
                 keepers[job.name].check()
             else:

@@ -13,8 +13,11 @@ from classp_jax.continual.methods.protocol import Setting
 
 
 def _adagrad(learning_rate: Any, initial_accumulator: Any) -> Any:
+    # No sum is small enough to notice this epsilon. With zero in its place LLVM takes a
+    # branch per weight, and a step takes twice as long.
+    eps = float(jnp.finfo(jnp.float32).tiny)
     return optax.adagrad(
-        learning_rate, initial_accumulator_value=initial_accumulator, eps=0.0
+        learning_rate, initial_accumulator_value=initial_accumulator, eps=eps
     )
 
 

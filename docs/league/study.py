@@ -223,7 +223,11 @@ BOUNDARY = ("ewc", "online-ewc", "implicit-ewc", "si", "mas", "lwf")
 STORED = ("replay", "joint")
 METHODS = (*FORMS, *BOUNDARY_FREE, *BOUNDARY, *STORED)
 COMBINED = (
-    *(f"{m}+adagrad" for m in ("ewc", "online-ewc", "si", "mas", "lwf")),
+    *(
+        f"{penalty}+{optimizer}"
+        for optimizer in ("adagrad", "adam")
+        for penalty in ("ewc", "online-ewc", "si", "mas", "lwf")
+    ),
     "ewc+classp",
 )
 """Those that are told the boundary on another optimizer than plain SGD."""

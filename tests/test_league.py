@@ -53,7 +53,7 @@ def test_every_method_had_the_same_candidates_and_seeds_on_every_stream(league):
             chosen = one["candidates"].index(one["settings"])
             assert one["scores"][chosen] == max(one["scores"]), name
             assert common(name) or not all(
-                name in runs.methods(other) for other in runs.wide()
+                name in runs.methods(other) for other in runs.alike()
             )
 
 

@@ -295,7 +295,7 @@ def brake_on_adam() -> str:
 
 def remedies() -> str:
     """What one setting reaches everywhere, and a setting for each stream, by method."""
-    among = [s for s in runs.wide() if all(runs.has(s, r) for r in REMEDIES)]
+    among = [s for s in runs.alike() if all(runs.has(s, r) for r in REMEDIES)]
     body = []
     for method in (*REMEDIES, runs.named(), "protect-adam", "adam"):
         own = [100 * runs.best_scores(stream)[method] for stream in among]
@@ -308,7 +308,7 @@ def remedies() -> str:
 def start_without_tuning() -> str:
     """Code with the setting of CLASSP that does best for all streams."""
     form = without_tuning.best_shared_form()
-    found, _ = without_tuning.shared_setting(form, runs.wide())
+    found, _ = without_tuning.shared_setting(form, runs.alike())
     rate = f"{found['learning_rate']:.1g}"
     if form in REMEDIES:
         power = "" if form == "classp-mean" else " ** 0.5"
@@ -501,7 +501,7 @@ def setting(stream: str, method: str, name: str) -> str:
 
 def rule_scores() -> str:
     """What the rule that names a form compares, best first."""
-    found = runs.form_scores(runs.wide())
+    found = runs.form_scores(runs.alike())
     return ", ".join(
         f"`{form}` {100 * found[form]:.1f} %"
         for form in sorted(found, key=lambda form: -found[form])

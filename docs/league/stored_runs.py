@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from study import COMBINED, FORMS, METHODS, PROTOCOLS, REMEDIES
+from study import COMBINED, FORMS, METHODS, PROTOCOLS, REMEDIES, Protocol
 from study import stored as read
 
 from classp_jax.continual.results.statistics import Difference, paired_difference
@@ -42,9 +42,15 @@ def compared(stream: str, method: str) -> bool:
 
 
 def wide() -> list[str]:
-    """The streams that every method was run on, remedies aside."""
+    """The streams that every method was tuned and run on, remedies aside."""
     wanted = [m for m in METHODS if m not in REMEDIES]
-    return [stream for stream in streams() if all(has(stream, m) for m in wanted)]
+    return [s for s in streams() if all(compared(s, m) for m in wanted)]
+
+
+def alike() -> list[str]:
+    """Those of them whose trials have the same settings, method by method."""
+    usual = Protocol._field_defaults["lowest_rate"]
+    return [s for s in wide() if PROTOCOLS[s].lowest_rate == usual]
 
 
 def is_free(stream: str, method: str) -> bool:
@@ -88,9 +94,9 @@ def named(among: Sequence[str] | None = None) -> str:
     """The form of CLASSP that stands for it on the whole page.
 
     By a rule that looks at no test data: the mean of its best trial over some streams,
-    by default those that all were run on. A remedy, which was not, cannot be it.
+    by default :func:`alike`. A remedy, which was not run on all, cannot be it.
     """
-    found = form_scores(wide() if among is None else among)
+    found = form_scores(alike() if among is None else among)
     return max(found, key=lambda form: found[form])
 
 

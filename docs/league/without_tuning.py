@@ -15,9 +15,9 @@ def with_free_trials(among: Sequence[str]) -> list[str]:
 def common(method: str, among: Sequence[str] | None = None) -> list[dict[str, float]]:
     """The candidates that a method was given on some streams; empty if none were.
 
-    By default on those that all methods were run on.
+    By default on :func:`stored_runs.alike`.
     """
-    among = runs.wide() if among is None else among
+    among = runs.alike() if among is None else among
     if not among or any(method not in runs.methods(stream) for stream in among):
         return []
     found = [runs.methods(stream)[method]["candidates"] for stream in among]
@@ -48,7 +48,7 @@ def untuned(
     The setting is the one whose scores on the other streams lie least below the best
     of this method there, in the mean. All scores are on validation data.
     """
-    among = runs.wide() if among is None else list(among)
+    among = runs.alike() if among is None else list(among)
     candidates, scores = common(method, among), trial_scores(method, among)
     lost = _best(method, among) - scores
     found = {}
@@ -126,7 +126,7 @@ def form_and_setting_without() -> tuple[list[str], float]:
 
     For each stream both form and setting are chosen on the other ones alone.
     """
-    among = runs.wide()
+    among = runs.alike()
     chosen, scores = [], []
     for k in range(len(among)):
         found = {}
@@ -143,7 +143,7 @@ def form_and_setting_without() -> tuple[list[str], float]:
 
 def best_shared_form() -> str:
     """The form of CLASSP whose one setting for all streams does best."""
-    return max(FORMS, key=lambda form: shared_setting(form, runs.wide())[1].mean())
+    return max(FORMS, key=lambda form: shared_setting(form, runs.alike())[1].mean())
 
 
 def _means(found: dict[str, tuple[dict[str, float], float, float]]) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from samples import SAMPLES
 from thresholds import THRESHOLDS
 
 from classp_jax import continual
@@ -275,8 +276,9 @@ known, of which one in three and one in twenty did."""
 
 
 def method_of(name: str) -> continual.Method:
-    """A method by its name, the library's or one with a threshold."""
-    return THRESHOLDS[name] if name in THRESHOLDS else continual.method(name)
+    """A method by its name, the library's or one that is defined beside this file."""
+    own = THRESHOLDS | SAMPLES
+    return own[name] if name in own else continual.method(name)
 
 
 def ranges(name: str, lowest_rate: float) -> dict[str, tuple[float, float]]:

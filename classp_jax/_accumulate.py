@@ -313,7 +313,7 @@ def masked_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of the gradients for which ``accept(g, count)`` is true; 0 for others.
 
-    Masking and scaling in one expression a leaf. Behind a mask of its own the masked
+    Masking and scaling in one expression per leaf. Behind a mask of its own the masked
     gradient would be an intermediate array that both the new accumulator and the update
     read, and XLA (CPU, jax 0.10) writes such an array to memory: 8 bytes of traffic a
     weight and a temporary the size of the parameters. ``accept`` is a comparison, which

@@ -67,7 +67,7 @@ def _mean(metric, runs) -> float:
 
 
 def draw(results: dict[str, dict[str, list[dict[str, float]]]]) -> Figure:
-    """A row a stream: rate and epsilon at power 1, then powers, then thresholds."""
+    """A row per stream: rate and epsilon at power 1, then powers, then thresholds."""
     figure = Figure(figsize=(12, 3.6 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 3, squeeze=False)
     image = None

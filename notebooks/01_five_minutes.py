@@ -66,7 +66,7 @@ def init_network(seed, sizes=(64, 64, 64, 10)):
 
 
 def scores(network, x):
-    """What the network says about each image, a number a digit."""
+    """What the network says about each image, one number per digit."""
     for layer in network[:-1]:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
     return x @ network[-1]["w"] + network[-1]["b"]

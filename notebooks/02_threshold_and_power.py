@@ -105,7 +105,7 @@ def init_network(rng):
 
 
 def scores(network, x):
-    """What the network says about each image, a number a digit."""
+    """What the network says about each image, one number per digit."""
     for layer in ("layer 1", "layer 2"):
         x = jax.nn.relu(x @ network[layer]["w"] + network[layer]["b"])
     return x @ network["layer 3"]["w"] + network["layer 3"]["b"]

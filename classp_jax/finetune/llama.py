@@ -47,7 +47,7 @@ class RopeScaling:
     original_length: int
 
     def __call__(self, frequencies: jax.Array) -> jax.Array:
-        """The frequencies, in radians a token, that take the place of these."""
+        """The frequencies, in radians per token, that take the place of these."""
         low, high = self.low_frequency_factor, self.high_frequency_factor
         turns = self.original_length * frequencies / (2 * jnp.pi)
         kept = jnp.clip((turns - low) / (high - low), 0, 1)

@@ -47,7 +47,7 @@ class EWCState(NamedTuple):
 
 
 def ewc(strength: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    r"""Elastic weight consolidation with one Fisher diagonal and anchor a task.
+    r"""Elastic weight consolidation with one Fisher diagonal and anchor per task.
 
     Pulls weights, ``strength`` :math:`\lambda` times, to those :math:`w^*_k` at the
     end of each task :math:`k`, the harder the more they mattered there: by the diagonal

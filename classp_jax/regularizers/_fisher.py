@@ -46,10 +46,10 @@ def fisher_diagonal(
     ``"exact"``
       All classes, with the probabilities :math:`p(c \mid x_n, w)` that the model gives
       them. The default: it is the definition of the Fisher information, has no sampling
-      noise and needs no labels. It takes one gradient a class and example.
+      noise and needs no labels. It takes one gradient per class and example.
     ``"sampled"``
-      One class an example, drawn from the model: an unbiased estimate of the exact
-      value for one gradient an example.
+      One class per example, drawn from the model: an unbiased estimate of the exact
+      value for one gradient per example.
     ``"empirical"``
       The label :math:`y_n`. This is no estimate of the Fisher information: on examples
       that the model fits well it goes to 0 as the square of the error (the exact value
@@ -262,7 +262,7 @@ def _checked_classes(classes: Any, num_classes: int) -> jax.Array:
     classes = np.asarray(classes) if isinstance(classes, list | tuple) else classes
     if jnp.shape(classes) != (num_classes,):
         raise ValueError(
-            f"classes must have shape ({num_classes},), one bool a class, got shape "
+            f"classes must have shape ({num_classes},), one bool per class, got shape "
             f"{jnp.shape(classes)}."
         )
     if jnp.result_type(classes) != jnp.bool_:
@@ -278,7 +278,7 @@ def _checked_labels(y: Any, examples: int, classes: jax.Array) -> jax.Array:
     y = np.asarray(y) if isinstance(y, list | tuple) else y
     if jnp.shape(y) != (examples,):
         raise ValueError(
-            f"y must have shape ({examples},), one label an example, got shape "
+            f"y must have shape ({examples},), one label per example, got shape "
             f"{jnp.shape(y)}."
         )
     if not jnp.issubdtype(jnp.result_type(y), jnp.integer):

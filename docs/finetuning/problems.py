@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     logits: Callable[[Any, Any], jax.Array]
     """What is predicted for a batch, ``[..., classes]``."""
     score: Callable[[Any, Any], jax.Array]
-    """What is reported, higher is better: accuracy, or minus the loss a token."""
+    """What is reported, higher is better: accuracy, or minus the loss per token."""
     old: Data
     new: Data
     proxy: Any

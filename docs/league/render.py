@@ -194,7 +194,7 @@ def best_rivals() -> str:
 
 
 def forms() -> str:
-    """Every other form against the named one, a column a stream."""
+    """Every other form against the named one, a column per stream."""
     streams = [s for s in runs.streams() if runs.compared(s, runs.named())]
     body = []
     for name in (name for name in FORMS if name != runs.named()):

@@ -91,7 +91,7 @@ def lowered(part: str, model: str, slice_: str, name: str) -> Any:
 
 
 def measure(part: str, model: str, slice_: str, name: str) -> dict[str, Any]:
-    """One cell: bytes a chip and collectives, or that it does not fit."""
+    """One cell: bytes per chip and collectives, or that it does not fit."""
     start = time.perf_counter()
     cell: dict[str, Any] = {
         "part": part,

@@ -179,7 +179,7 @@ def test_traced_power():
 
 @pytest.mark.parametrize("power", [*OWN_FORM, 1.7])
 def test_dense_sweep_of_the_range(power):
-    """200,000 gradients a power, and eps as a plain number."""
+    """200,000 gradients per power, and eps as a plain number."""
     rng = np.random.default_rng(7)
     size = (STEPS, 200_000 // STEPS)
     g = (10 ** rng.uniform(-30, 15, size) * rng.choice([-1, 1], size)).astype("float32")

@@ -125,7 +125,7 @@ def run_in_two(
     methods: tuple[str, ...] = METHODS,
     experiment: tuple[str, ...] = EXPERIMENT,
     fault: str = "none 0 0",
-    of: int = 1,
+    victim: int = 1,
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same in two processes of two devices each; something happens to one of them.
 
@@ -137,7 +137,7 @@ def run_in_two(
     with contextlib.ExitStack() as stack:
         processes = []
         for number in range(2):
-            variables = _variables(fault if number == of else "none 0 0")
+            variables = _variables(fault if number == victim else "none 0 0")
             rank = ("--process-id", str(number))
             variables["XLA_FLAGS"] = flags
             process = started(CHILD, *options, *rank, within=(), **variables)
@@ -271,8 +271,10 @@ def two_killed(folder: pathlib.Path) -> Outcome:
             if kills < 3:
                 what = rng.choice(("kill", "kill-in-write"))
                 fault = f"{what} {rng.randrange(segments)} {rng.uniform(0, 0.05):.3f}"
-            of = rng.randrange(2)
-            done = run_in_two(place, *every, *more, fault=fault, of=of, **options)
+            victim = rng.randrange(2)
+            done = run_in_two(
+                place, *every, *more, fault=fault, victim=victim, **options
+            )
             ended = {d.returncode for d in done}
             expect(ended in ({0}, {-signal.SIGKILL}), [d.stderr for d in done])
             if ended == {0}:
@@ -297,13 +299,17 @@ def full_for_one_of_two(folder: pathlib.Path) -> Outcome:
     done = run_in_two(plain, *SHARED, **options)
     expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
     moments = (0, 0), (1, 1), (0, 2), (1, 3)
-    for of, number in moments:
+    for victim, number in moments:
         began = time.monotonic()
-        done = run_in_two(place, *every, fault=f"limit {number} 0", of=of, **options)
+        done = run_in_two(
+            place, *every, fault=f"limit {number} 0", victim=victim, **options
+        )
         expect(time.monotonic() - began < 200, "they wait for each other")
         expect([d.returncode for d in done] == [1, 1], [d.stderr for d in done])
-        expect(error_line(done[of]).endswith(": File too large."), done[of].stderr)
-        error_line(done[1 - of])
+        expect(
+            error_line(done[victim]).endswith(": File too large."), done[victim].stderr
+        )
+        error_line(done[1 - victim])
     done = run_in_two(place, *every, **options)
     expect([d.returncode for d in done] == [0, 0], [d.stderr for d in done])
     expect(bits(place) == bits(plain), "other bits")

@@ -147,20 +147,25 @@ def tables(cells: list[dict[str, Any]]) -> dict[str, str]:
         found[place][cell["optimizer"]] = cell
     updates, steps = [], []
     for model, slice_ in itertools.product(MODELS, SLICES):
-        if of := found.get(("update", model, slice_)):
+        if row := found.get(("update", model, slice_)):
             updates.append(
                 [model, chips(slice_)]
                 + [
-                    _gib(of[name]["arguments"]) if name in of else ""
+                    _gib(row[name]["arguments"]) if name in row else ""
                     for name in optimizers()
                 ]
-                + [_gib(max(cell["temporary"] for cell in of.values()))]
-                + [str(sum(sum(cell["collectives"].values()) for cell in of.values()))]
+                + [_gib(max(cell["temporary"] for cell in row.values()))]
+                + [str(sum(sum(cell["collectives"].values()) for cell in row.values()))]
             )
-        of = found.get(("step", model, slice_), {})
-        for name in (name for name in optimizers() if name in of):
+        row = found.get(("step", model, slice_), {})
+        for name in (name for name in optimizers() if name in row):
             steps.append(
-                [model, chips(slice_), f"`{name}`", *_step(of[name], of.get(BASELINE))]
+                [
+                    model,
+                    chips(slice_),
+                    f"`{name}`",
+                    *_step(row[name], row.get(BASELINE)),
+                ]
             )
     names = [f"`{name}`" for name in optimizers()]
     return {

@@ -296,7 +296,11 @@ def page_tables(results: dict[str, Any]) -> dict[str, str]:
     )
     large = [
         [f"`{name}`"]
-        + [_cell(of[name][key]) for of in (tpu, gpu) for key in ("traffic", "kernels")]
+        + [
+            _cell(target[name][key])
+            for target in (tpu, gpu)
+            for key in ("traffic", "kernels")
+        ]
         + [_cell(max(tpu[name]["temporary"], gpu[name]["temporary"]))]
         + [_cell(tpu[name]["state"])]
         for name in tpu

@@ -120,7 +120,7 @@ def test_the_template_refuses_what_is_misspelt(paper):
 def test_the_paper_s_numbers_depend_on_the_stored_results(paper, monkeypatch):
     name, method = "mnist-fashion", "classp"
     before = paper.acc(name, method)
-    runs = paper.of(name, method)
+    runs = paper.runs_of(name, method)
     assert before == paper.spread(
         [100 * sum(run.matrix[-1]) / len(run.matrix[-1]) for run in runs]
     )
@@ -173,7 +173,7 @@ def test_the_paper_s_words_hold(paper):
     assert np.argmin(losses) == 2
     assert paper.studies.BUCKETS[2][0] <= 0.1 < paper.studies.BUCKETS[2][1]
     kept = {
-        m: round(paper.of("mnist-fashion", m)[0].kept_bytes_per_parameter)
+        m: round(paper.runs_of("mnist-fashion", m)[0].kept_bytes_per_parameter)
         for m in ("classp", "adagrad", "ewc", "si")
     }
     assert kept == {"classp": 4, "adagrad": 4, "ewc": 8, "si": 4}
@@ -215,7 +215,7 @@ def test_the_paper_s_numbers_in_words_hold(paper):
     settings = presets.load("split-mnist-class").settings
     for method in ("sgd", "adagrad", "classp"):
         assert settings[method]["learning_rate"] < 0.0015
-    si = paper.of("mnist-fashion", "si")[0]
+    si = paper.runs_of("mnist-fashion", "si")[0]
     assert round(si.state_bytes_per_parameter) == 20
 
 
@@ -245,7 +245,9 @@ def test_results_of_the_first_edition_are_called_so(paper):
     stored = paper.results("mnist-fashion-published")
     assert {run.provenance.date for run in stored.runs} == {"2026-11-22"}
     assert paper.first_edition("mnist-fashion-published")
-    assert "2026-11-22, the first edition" in paper.made("mnist-fashion-published")
+    assert "2026-11-22, the first edition" in paper.provenance(
+        "mnist-fashion-published"
+    )
     assert paper.first_edition("mnist-fashion-published-flax")
 
 
@@ -259,7 +261,7 @@ def test_below_every_table_stands_when_and_with_which_code_it_was_made(paper):
         assert re.search(r"20\d\d-\d\d-\d\d.*\sedition\s+of\s+the\s+code", made, re.S)
     for name in paper.PRESETS:
         days = {run.provenance.date[:10] for run in paper.results(name).runs}
-        assert all(day in paper.made(name) for day in days)
+        assert all(day in paper.provenance(name) for day in days)
 
 
 @pytest.mark.parametrize(

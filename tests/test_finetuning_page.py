@@ -63,7 +63,7 @@ def test_every_method_has_as_many_trials_and_no_seed_is_tuned_on(render):
     for problem in render.PLANS:
         if render.has(problem):
             for method in render.methods(problem):
-                found = render.made(problem, method)
+                found = render.trials_of(problem, method)
                 assert len(found) == render.PLANS[problem].trials
                 assert {line["seed"] for line in found} == {render.TUNING_SEED}
             seeds = {line["seed"] for line in render.trained(problem, "test")}

@@ -190,7 +190,7 @@ def test_the_page_s_words_hold(league):
     np.testing.assert_allclose(same_answer, 54.68, atol=0.01)
     assert all(runs.percent("sentiment", m).mean() < 56 for m in METHODS_ON_SGD)
     for tuned in (s for s in runs.streams() if league.PROTOCOLS[s].tuning):
-        assert league.PROTOCOLS[tuned].tuned_on in league.made(tuned)
+        assert league.PROTOCOLS[tuned].tuned_on in league.provenance(tuned)
         assert league.PROTOCOLS[tuned].tuned_on
 
 

@@ -163,7 +163,7 @@ def tune(
         for name, method in chosen.items()
     }
     jobs = [
-        Job.of(name, method, resolved[name], setup.experiment)
+        Job.from_method(name, method, resolved[name], setup.experiment)
         for name, method in chosen.items()
     ]
     spaces = [

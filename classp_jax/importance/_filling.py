@@ -65,8 +65,8 @@ def accumulate_importance(
     ``finetune.gradients(loss, params, batches)``.
 
     Accumulators in bfloat16 are summed in float32 within one call, over all that an
-    iterator yields, and rounded to nearest at its end: give them many examples per call,
-    as a long loop of small calls stalls.
+    iterator yields, and rounded to nearest at its end: give them many examples per
+    call, as a long loop of small calls stalls.
 
     With Flax NNX: ``optimizer.opt_state = accumulate_importance(optimizer.tx,
     optimizer.opt_state, nnx.state(model, nnx.Param), gradients)``. With Linen's

@@ -65,7 +65,7 @@ def methods(problem: str) -> list[str]:
     return [name for name in METHODS if is_complete(problem, name)]
 
 
-def made(problem: str, method: str) -> list[dict[str, Any]]:
+def trials_of(problem: str, method: str) -> list[dict[str, Any]]:
     """A method's trials."""
     allowed = trials(METHODS[method], PLANS[problem].trials)
     return [
@@ -159,7 +159,10 @@ def best_of_ours(problem: str, target: float) -> str:
     """The one of ours that keeps most on validation data and the tuning seed."""
     kept = {
         name: np.nanmax(
-            [-np.inf, *(kept_at(line["curve"], target) for line in made(problem, name))]
+            [
+                -np.inf,
+                *(kept_at(line["curve"], target) for line in trials_of(problem, name)),
+            ]
         )
         for name in methods(problem)
         if name in OURS
@@ -230,7 +233,7 @@ def sources(problem: str, target: float) -> str:
 def filling(problem: str) -> str:
     """What it costs to fill, beside one run of fine-tuning."""
     found = [line["seconds"] for line in lines(problem) if line["part"] == "filling"]
-    run = np.median([x["seconds"] for x in made(problem, "AdamW")])
+    run = np.median([x["seconds"] for x in trials_of(problem, "AdamW")])
     importance = np.median([x["importance"] for x in found])
     fisher = np.median([x["fisher 1"] for x in found])
     return (
@@ -283,7 +286,7 @@ def picture(problem: str) -> Figure:
 def is_complete(problem: str, method: str) -> bool:
     """Whether all trials of a method have run, and all seeds of what they chose."""
     plan = PLANS[problem]
-    if len(made(problem, method)) < plan.trials:
+    if len(trials_of(problem, method)) < plan.trials:
         return False
     chosen = chosen_trials(lines(problem), method, plan)
     found = {

@@ -80,7 +80,7 @@ def league(stream: str) -> str:
     return runs.table(header, rows)
 
 
-def made(stream: str) -> str:
+def provenance(stream: str) -> str:
     """When, on what and with which command a stream was run."""
     found = list(runs.methods(stream).values())
     days = sorted({one["date"] for one in found})

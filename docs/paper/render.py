@@ -84,7 +84,7 @@ def editions() -> str:
     return f"{text}, those of {joined([*new, 'the studies'])} with this one"
 
 
-def made(*names: str) -> str:
+def provenance(*names: str) -> str:
     """When, with which code, on what and with how many seeds results were made."""
     origins: dict[str, list[str]] = {}
     for name in names:
@@ -102,7 +102,7 @@ def made(*names: str) -> str:
     return f"*Made:* {'; '.join(parts)}."
 
 
-def of(name: str, method: str) -> list[Run]:
+def runs_of(name: str, method: str) -> list[Run]:
     """A method's runs, one per seed."""
     runs = [run for run in results(name).runs if run.method == method]
     if not runs:
@@ -115,15 +115,15 @@ def values(name: str, method: str, what: str | int = "average") -> np.ndarray:
 
     NaN for a seed that diverged.
     """
-    rows = [run.matrix[-1] for run in of(name, method)]
+    rows = [run.matrix[-1] for run in runs_of(name, method)]
     chosen = [np.mean(row) if what == "average" else row[int(what)] for row in rows]
-    diverged = [run.diverged for run in of(name, method)]
+    diverged = [run.diverged for run in runs_of(name, method)]
     return np.where(diverged, np.nan, 100 * np.array(chosen, float))
 
 
 def diverged(name: str, method: str) -> int:
     """How many seeds diverged."""
-    return sum(run.diverged for run in of(name, method))
+    return sum(run.diverged for run in runs_of(name, method))
 
 
 def count(name: str) -> int:
@@ -156,7 +156,7 @@ def difference(name: str, method: str, reference: str = "classp") -> Difference:
     left would flatter it.
     """
     by_seed = [
-        dict(zip((r.seed for r in of(name, m)), values(name, m), strict=True))
+        dict(zip((r.seed for r in runs_of(name, m)), values(name, m), strict=True))
         for m in (method, reference)
     ]
     shared = sorted(by_seed[0].keys() & by_seed[1].keys())
@@ -228,7 +228,7 @@ def two_tasks(name: str, first: str, second: str) -> str:
 
     def rows() -> Iterable[list[str]]:
         for method in methods(name):
-            run = of(name, method)[0]
+            run = runs_of(name, method)[0]
             yield [
                 f"`{method}`",
                 acc(name, method, 0),
@@ -279,7 +279,9 @@ def published() -> str:
 
 def as_scripts(method: str, what: str | int) -> np.ndarray:
     """Accuracy on the training sets under dropout, in %, one number per seed."""
-    scores = [run.training_accuracy for run in of("mnist-fashion-published", method)]
+    scores = [
+        run.training_accuracy for run in runs_of("mnist-fashion-published", method)
+    ]
     chosen = [np.mean(s) if what == "average" else s[int(what)] for s in scores]
     return 100 * np.array(chosen)
 
@@ -303,8 +305,8 @@ def memory(name: str) -> str:
         (
             [
                 f"`{method}`",
-                f"{of(name, method)[0].state_bytes_per_parameter:.1f}",
-                f"{of(name, method)[0].kept_bytes_per_parameter:.1f}",
+                f"{runs_of(name, method)[0].state_bytes_per_parameter:.1f}",
+                f"{runs_of(name, method)[0].kept_bytes_per_parameter:.1f}",
             ]
             for method in methods(name)
         ),
@@ -313,7 +315,7 @@ def memory(name: str) -> str:
 
 def prior_of(name: str) -> str:
     """The settings that CLASSP with a prior ran with."""
-    found = of(name, "classp-prior")[0].settings
+    found = runs_of(name, "classp-prior")[0].settings
     return f"learning rate {found['learning_rate']:.2g}, prior {found['prior']:.2g}"
 
 

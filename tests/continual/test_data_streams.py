@@ -78,20 +78,20 @@ def text_file(folder: pathlib.Path, *rows: tuple[str, str], name: str = "b") -> 
 @pytest.mark.parametrize("name", [*STREAMS])
 @pytest.mark.parametrize("max_train", [None, 50])
 def test_parts_and_dtypes(name, max_train):
-    made = make_stream(name, ["digits"], max_train=max_train)(0)
-    assert (made.name, made.kind, made.vocabulary_size) == (name, "image", 0)
-    assert made.scenario == "domain-incremental"
-    assert len({task.name for task in made.tasks}) == (1 if name == "sequence" else 5)
-    for task in made.tasks:
+    drawn = make_stream(name, ["digits"], max_train=max_train)(0)
+    assert (drawn.name, drawn.kind, drawn.vocabulary_size) == (name, "image", 0)
+    assert drawn.scenario == "domain-incremental"
+    assert len({task.name for task in drawn.tasks}) == (1 if name == "sequence" else 5)
+    for task in drawn.tasks:
         assert task.classes.dtype == bool
-        assert task.classes.tolist() == [True] * made.num_classes
+        assert task.classes.tolist() == [True] * drawn.num_classes
         for part in splits(task):
             assert part.inputs().dtype == np.uint8
             assert part.inputs().shape == (len(part), 8, 8, 1)
             assert part.labels().dtype == np.int32
             assert part.indices().dtype == np.int32
             assert (np.diff(part.indices()) > 0).all()
-            assert 0 <= part.labels().min() <= part.labels().max() < made.num_classes
+            assert 0 <= part.labels().min() <= part.labels().max() < drawn.num_classes
         # All 1,797 digits differ: none is in two parts.
         images = [set(keys(part)) for part in splits(task)]
         assert len(set.union(*images)) == sum(len(part) for part in splits(task))
@@ -156,9 +156,9 @@ def test_max_train_chooses_anew_for_every_task_among_the_training_examples():
 
 @pytest.mark.parametrize("name", [*STREAMS])
 def test_without_validation_a_stream_is_the_same_but_for_that_part(name):
-    made = make_stream(name, ["digits"], tasks=2, validation_fraction=0)(0)
+    drawn = make_stream(name, ["digits"], tasks=2, validation_fraction=0)(0)
     usual = make_stream(name, ["digits"], tasks=2)(0)
-    for task, other in zip(made.tasks, usual.tasks, strict=True):
+    for task, other in zip(drawn.tasks, usual.tasks, strict=True):
         assert len(task.validation) == 0
         assert task.validation.inputs().shape == (0, 8, 8, 1)
         assert len(task.train) == len(other.train) + len(other.validation)
@@ -237,10 +237,10 @@ def test_what_was_read_is_described(tmp_path):
 # Permuted.
 
 
-def orders(made: Stream) -> list[np.ndarray]:
+def orders(drawn: Stream) -> list[np.ndarray]:
     """The order of the pixels in every task, seen in images that number them."""
     found = []
-    for task in made.tasks:
+    for task in drawn.tasks:
         images = np.concatenate([part.inputs() for part in splits(task)])
         assert (images == images[0]).all()
         found.append(images[0])
@@ -286,9 +286,9 @@ def test_a_permutation_moves_whole_pixels():
 
 def test_the_features_of_vectors_are_permuted_too():
     x, y = np.tile(np.arange(30.0), (20, 1)), np.arange(20) % 2
-    made = permuted((x, y, x, y), tasks=2)(0)
-    assert made.kind == "vector"
-    straight, moved = orders(made)
+    drawn = permuted((x, y, x, y), tasks=2)(0)
+    assert drawn.kind == "vector"
+    straight, moved = orders(drawn)
     np.testing.assert_array_equal(straight, np.arange(30))
     assert sorted(moved) == list(range(30))
     assert (moved != straight).any()
@@ -320,9 +320,9 @@ def turned(image: np.ndarray, degrees: float) -> np.ndarray:
 def test_rotations_are_bilinear_by_equal_angles(dtype):
     x = np.random.default_rng(0).integers(0, 256, (20, 7, 9, 2)).astype(dtype)
     y = np.arange(20) % 2
-    made = rotated((x, y, x, y), tasks=4)(0)
-    assert [task.name for task in made.tasks] == ["0°", "45°", "90°", "135°"]
-    for task, degrees in zip(made.tasks, (0, 45, 90, 135), strict=True):
+    drawn = rotated((x, y, x, y), tasks=4)(0)
+    assert [task.name for task in drawn.tasks] == ["0°", "45°", "90°", "135°"]
+    for task, degrees in zip(drawn.tasks, (0, 45, 90, 135), strict=True):
         found = task.test.inputs()
         assert found.dtype == dtype
         for channel in range(2):
@@ -358,15 +358,15 @@ def test_split_divides_the_classes(scenario, classes, tasks, seed):
     if tasks * smallest > classes:
         refused(f"{tasks} {scenario} tasks need at", split, source, **options)
         return
-    made = split(source, **options)(seed)
-    groups = [np.unique(task.train.inputs()[:, -1, -1, 0]) for task in made.tasks]
+    drawn = split(source, **options)(seed)
+    groups = [np.unique(task.train.inputs()[:, -1, -1, 0]) for task in drawn.tasks]
     assert sorted(np.concatenate(groups)) == list(range(classes))
     sizes = [len(group) for group in groups]
     assert max(sizes) - min(sizes) <= 1
     outputs = max(sizes) if scenario == "domain-incremental" else classes
-    assert made.num_classes == outputs
-    assert len({task.name for task in made.tasks}) == tasks
-    for task, group in zip(made.tasks, groups, strict=True):
+    assert drawn.num_classes == outputs
+    assert len({task.name for task in drawn.tasks}) == tasks
+    for task, group in zip(drawn.tasks, groups, strict=True):
         assert task.name.startswith(str(group[0]))
         may_win = group if scenario == "task-incremental" else range(outputs)
         np.testing.assert_array_equal(np.flatnonzero(task.classes), may_win)
@@ -380,12 +380,12 @@ def test_split_divides_the_classes(scenario, classes, tasks, seed):
 
 
 def test_split_digits_hold_every_example_once():
-    made = split("digits", scenario="class-incremental")(1)
+    drawn = split("digits", scenario="class-incremental")(1)
     whole = sequence("digits")(1).tasks[0]
     for part, original in enumerate(splits(whole)):
         found = [
             pair
-            for task in made.tasks
+            for task in drawn.tasks
             for pair in zip(
                 keys(splits(task)[part]),
                 splits(task)[part].labels().tolist(),
@@ -426,13 +426,13 @@ def test_a_class_with_a_single_example_stays_in_training():
 
 
 def test_a_sequence_has_one_task_for_each_source_and_one_head():
-    made = sequence([numbered(3, side=8), "digits", "digits", numbered(3, side=8)])(0)
+    drawn = sequence([numbered(3, side=8), "digits", "digits", numbered(3, side=8)])(0)
     names = ["arrays", "digits", "digits (2)", "arrays (2)"]
-    assert [task.name for task in made.tasks] == names
-    assert made.num_classes == 10
-    for task in made.tasks:
+    assert [task.name for task in drawn.tasks] == names
+    assert drawn.num_classes == 10
+    for task in drawn.tasks:
         assert task.classes.tolist() == [True] * 10
-    first, again = made.tasks[1:3]
+    first, again = drawn.tasks[1:3]
     # Coming back to an old task: what it was validated on is not trained on now.
     for part, same in zip(splits(first), splits(again), strict=True):
         assert part.x is same.x
@@ -524,12 +524,12 @@ def test_tokens_do_not_depend_on_the_hash_seed(tmp_path):
 
 def test_split_divides_texts_and_sequences_take_tokens(tmp_path):
     rows = [("abcd"[i % 4], f"word{i} same") for i in range(80)]
-    made = split(text_file(tmp_path, *rows), tasks=2)(0)
-    assert (made.kind, made.num_classes) == ("text", 2)
-    assert made.tasks[0].train.x is made.tasks[1].test.x
+    drawn = split(text_file(tmp_path, *rows), tasks=2)(0)
+    assert (drawn.kind, drawn.num_classes) == ("text", 2)
+    assert drawn.tasks[0].train.x is drawn.tasks[1].test.x
     tokens, y = np.arange(140).reshape(20, 7), np.arange(20) % 2
-    made = sequence([(tokens // 2, y), (tokens, y)])(0)
-    assert (made.kind, made.vocabulary_size) == ("text", 140)
+    drawn = sequence([(tokens // 2, y), (tokens, y)])(0)
+    assert (drawn.kind, drawn.vocabulary_size) == ("text", 140)
 
 
 # Refusals.
@@ -604,10 +604,12 @@ def arrays(seed: int = 0, **changes: Any) -> tuple[Any, Any, Any, Any]:
 
 def test_arrays_become_tasks():
     tasks = [arrays(seed) for seed in range(3)]
-    made = stream((task for task in tasks), validation_fraction=0.25)(2)
-    assert [task.name for task in made.tasks] == ["task 1", "task 2", "task 3"]
-    assert (made.kind, made.num_classes, made.vocabulary_size) == ("image", 4, 0)
-    for task, (x_train, y_train, x_test, y_test) in zip(made.tasks, tasks, strict=True):
+    drawn = stream((task for task in tasks), validation_fraction=0.25)(2)
+    assert [task.name for task in drawn.tasks] == ["task 1", "task 2", "task 3"]
+    assert (drawn.kind, drawn.num_classes, drawn.vocabulary_size) == ("image", 4, 0)
+    for task, (x_train, y_train, x_test, y_test) in zip(
+        drawn.tasks, tasks, strict=True
+    ):
         np.testing.assert_array_equal(task.test.inputs(), x_test)
         np.testing.assert_array_equal(task.test.labels(), y_test)
         assert task.train.x is x_train
@@ -647,10 +649,10 @@ def test_vectors_and_tokens_are_taken_too():
     assert vectors.kind == "vector"
     np.testing.assert_array_equal(vectors.tasks[0].test.inputs(), x.astype("f4"))
     tokens = np.arange(140).reshape(20, 7)
-    made = stream([(tokens // 2, y, tokens, y)])(0)
-    assert (made.kind, made.vocabulary_size) == ("text", 140)
-    assert made.tasks[0].train.x.dtype == np.int32
-    np.testing.assert_array_equal(made.tasks[0].test.inputs(), tokens)
+    drawn = stream([(tokens // 2, y, tokens, y)])(0)
+    assert (drawn.kind, drawn.vocabulary_size) == ("text", 140)
+    assert drawn.tasks[0].train.x.dtype == np.int32
+    np.testing.assert_array_equal(drawn.tasks[0].test.inputs(), tokens)
 
 
 def test_jax_arrays_are_taken():
@@ -664,13 +666,13 @@ def test_jax_arrays_are_taken():
 def test_task_incremental_arrays_mask_the_other_tasks_classes():
     first, second = arrays(), arrays(1)
     second = (second[0], second[1] % 2 + 4, second[2], second[3] % 2 + 4)
-    made = stream([first, second], scenario="task-incremental", task_names=("a", "a"))(
+    drawn = stream([first, second], scenario="task-incremental", task_names=("a", "a"))(
         0
     )
-    assert [task.name for task in made.tasks] == ["a", "a (2)"]
-    assert made.num_classes == 6
-    assert made.tasks[0].classes.tolist() == [True] * 4 + [False] * 2
-    assert made.tasks[1].classes.tolist() == [False] * 4 + [True] * 2
+    assert [task.name for task in drawn.tasks] == ["a", "a (2)"]
+    assert drawn.num_classes == 6
+    assert drawn.tasks[0].classes.tolist() == [True] * 4 + [False] * 2
+    assert drawn.tasks[1].classes.tolist() == [False] * 4 + [True] * 2
     shared = stream([first, second], num_classes=9)(0)
     assert all(task.classes.tolist() == [True] * 9 for task in shared.tasks)
 
@@ -720,8 +722,8 @@ def test_the_number_of_a_bad_example_is_that_of_the_users_array():
 
 def test_classes_may_stay_in_the_source_s_order():
     for seed in (0, 1):
-        made = split("digits", tasks=5, shuffle_classes=False)
-        names = [task.name for task in made(seed).tasks]
+        drawn = split("digits", tasks=5, shuffle_classes=False)
+        names = [task.name for task in drawn(seed).tasks]
         assert names == ["0, 1", "2, 3", "4, 5", "6, 7", "8, 9"]
-    assert made.configuration["shuffle_classes"] is False
+    assert drawn.configuration["shuffle_classes"] is False
     assert "shuffle_classes" not in split("digits").configuration

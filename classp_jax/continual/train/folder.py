@@ -31,7 +31,7 @@ class Folder(NamedTuple):
     with_rounding: bool
 
     @classmethod
-    def of(
+    def at(
         cls,
         path: str | os.PathLike[str] | None,
         with_weights: bool,

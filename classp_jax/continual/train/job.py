@@ -24,7 +24,7 @@ class Job(NamedTuple):
     """With the plans of the seeds that are left."""
 
     @classmethod
-    def of(
+    def from_method(
         cls,
         name: str,
         method: Method,

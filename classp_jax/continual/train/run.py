@@ -153,11 +153,11 @@ def run(
         starting, digest = starting_weights(experiment.model, seeds, initial_weights)
         configuration = configuration | {"initial_weights": digest}
     every_job = [
-        Job.of(name, method, resolved[name], experiment)
+        Job.from_method(name, method, resolved[name], experiment)
         for name, method in chosen.items()
     ]
     results = Results(configuration, setup.stream)
-    kept = Folder.of(folder, save_weights, rounding_copies > 0)
+    kept = Folder.at(folder, save_weights, rounding_copies > 0)
     stored = kept.complete(results)
     jobs = [job.without(stored) for job in every_job]
     cost = estimate(experiment, jobs, 1 + rounding_copies)

@@ -128,7 +128,7 @@ def test_the_paper_s_numbers_depend_on_the_stored_results(paper, monkeypatch):
         run.__class__(**{**vars(run), "matrix": [[0.0, 0.0]] * len(run.matrix)})
         for run in runs
     ]
-    monkeypatch.setattr(paper, "of", lambda *_: worse)
+    monkeypatch.setattr(paper, "runs_of", lambda *_: worse)
     assert paper.acc(name, method) == "0.0 ± 0.0"
 
 

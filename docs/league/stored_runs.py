@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from samples import SAMPLES
 from study import COMBINED, FORMS, METHODS, PROTOCOLS, REMEDIES, Protocol
 from study import stored as read
 
@@ -162,5 +163,5 @@ def by_accuracy(stream: str, chosen: Sequence[str]) -> list[str]:
         numbers = percent(stream, name)
         return math.inf if np.isnan(numbers).any() else -float(numbers.mean())
 
-    plain = [m for m in chosen if "+" not in m or m in COMBINED]
+    plain = [m for m in chosen if "+" not in m or m in (*COMBINED, *SAMPLES)]
     return sorted(plain, key=key)

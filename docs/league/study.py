@@ -54,7 +54,10 @@ class Protocol(NamedTuple):
     the stream's end, ``"recent"``, see :func:`measures`, or ``"online"``."""
 
 
-def _split_mnist(scenario: str) -> Protocol:
+_FIRST_LOOK = "10 trials with 3,000 training examples per task instead of all"
+
+
+def _split_mnist(scenario: str, first_look: str = _FIRST_LOOK) -> Protocol:
     """As Hsu et al. 2018 have it."""
     return Protocol(
         f"Split MNIST, {scenario}, as Hsu et al.",
@@ -65,7 +68,7 @@ def _split_mnist(scenario: str) -> Protocol:
         {"epochs": 4, "batch_size": 128},
         seconds=15,
         lowest_rate=1e-5,
-        first_look="10 trials with 3,000 training examples per task instead of all",
+        first_look=first_look,
     )
 
 
@@ -143,7 +146,7 @@ PROTOCOLS = {
         seconds=1,
         criterion="online",
     ),
-    "split-mnist-class": _split_mnist("class-incremental"),
+    "split-mnist-class": _split_mnist("class-incremental", first_look=""),
     "split-mnist-domain": _split_mnist("domain-incremental"),
     "split-mnist-task": _split_mnist("task-incremental"),
     "permuted-mnist-hsu": Protocol(

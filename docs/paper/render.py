@@ -65,37 +65,17 @@ def seeds(name: str) -> str:
     return ", ".join(map(str, found))
 
 
-def first_edition(name: str) -> bool:
-    """Whether a preset's results were made before the experiments were rebuilt.
-
-    Such a file was brought into today's format; what has no place there is kept in its
-    configuration.
-    """
-    return "first_edition" in results(name).configuration
-
-
-def editions() -> str:
-    """Which presets' results are of which edition of the code, for a sentence."""
-    old, new = (
-        [f"`{name}`" for name in PRESETS if first_edition(name) is first]
-        for first in (True, False)
-    )
-    text = f"those of {joined(old)} were made with the first edition"
-    return f"{text}, those of {joined([*new, 'the studies'])} with this one"
-
-
 def provenance(*names: str) -> str:
-    """When, with which code, on what and with how many seeds results were made."""
+    """When, with which versions, on what and on which seeds results were made."""
     origins: dict[str, list[str]] = {}
     for name in names:
         runs = results(name).runs
         days = period(run.provenance.date[:10] for run in runs)
         devices = ", ".join(dict.fromkeys(run.provenance.device for run in runs))
         versions = runs[0].provenance.versions
-        edition = "the first edition" if first_edition(name) else "this edition"
         text = (
-            f"{days}, {edition} of the code (classp-jax {versions['classp-jax']}, "
-            f"jax {versions['jax']}), {devices}, seeds {seeds(name)}"
+            f"{days}, classp-jax {versions['classp-jax']}, jax {versions['jax']}, "
+            f"{devices}, seeds {seeds(name)}"
         )
         origins.setdefault(text, []).append(f"`{name}`")
     parts = (f"{', '.join(found)}: {text}" for text, found in origins.items())

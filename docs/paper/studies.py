@@ -73,10 +73,7 @@ def made_study(*streams: str) -> str:
     days = period(variant["date"] for variant in found)
     devices = ", ".join(sorted({variant["device"] for variant in found}))
     (count,) = {len(variant["average"]) for variant in found}
-    return (
-        f"*Made:* {days}, this edition of the code, {devices}, {count} seeds "
-        f"(0 to {count - 1})."
-    )
+    return f"*Made:* {days}, {devices}, {count} seeds (0 to {count - 1})."
 
 
 def variants(streams: Sequence[str], chosen: Sequence[str], *keys: str) -> str:
